@@ -1,0 +1,15 @@
+"""FlashAttention-2's functions in Triton (GPU) and blockwise PyTorch (CPU).
+
+Needs torch; Triton is imported on the first call with GPU tensors, never before.
+"""
+
+from .api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .backends import backend_name, use_backend
+
+__all__ = [
+    "backend_name",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "use_backend",
+]

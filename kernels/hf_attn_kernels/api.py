@@ -1,0 +1,265 @@
+"""FlashAttention-2's three functions: same names, arguments and meaning, any supported device.
+
+Signatures follow the ``flash_attn`` package (Dao, "FlashAttention-2", 2023) so that these can stand
+where those stand; what ours add is keyword-only and comes last. Each function checks its arguments,
+describes the work as a :class:`.problem.Problem` and hands it to the backend of the tensors' device.
+
+Shape letters as in :mod:`.problem`. Causal and windowed masks are aligned to the bottom right:
+query i sees key j only if ``i + K - Q - left <= j <= i + K - Q + right``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .checks import check_pattern, check_problem
+from .kvcache import cache_problem
+from .problem import Problem
+
+Result = Tensor | tuple[Tensor, Tensor | None, None]
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    sink_tokens: int = 0,
+) -> Result:
+    """Attention over a batch of equal lengths, padded or not.
+
+    Args:
+        q: ``[B, Q, Hq, D]``; k: ``[B, K, Hkv, D]``; v: ``[B, K, Hkv, Dv]``. Hkv divides Hq (GQA and
+            MQA; nothing is repeated). float16, bfloat16 or float32, on the CPU also float64.
+        dropout_p: probability that a weight is dropped (Philox, seeded from torch's generator).
+        softmax_scale: factor of ``q @ k``; ``D ** -0.5`` by default.
+        causal: a query sees no later key.
+        window_size: keys visible to the left and right of the diagonal, -1 for all.
+        softcap: scores become ``softcap * tanh(score / softcap)``; 0 for off.
+        alibi_slopes: ``[Hq]`` or ``[B, Hq]`` float32; adds ``-slope * |i + K - Q - j|``.
+        deterministic: accepted for compatibility; the backward always is.
+        return_attn_probs: also return the log-sum-exp, as FlashAttention-2 does.
+        s_aux: ``[Hq]`` one more logit in each row's denominator (attention sinks of gpt-oss).
+        bias: ``[1|B, 1|Hq, 1|Q, K]``, bool (True = keep) or added after the softcap; a floating
+            bias gets a gradient.
+        key_padding_mask: ``[B, K]`` bool, True = keep; any pattern. It hides keys and moves nothing.
+        sink_tokens: that many of each row's first kept keys stay visible whatever the left window
+            hides (StreamingLLM, Xiao et al. 2023).
+
+    Returns:
+        ``[B, Q, Hq, Dv]``; a query that sees no key gets zeros. With `return_attn_probs` a triple of
+        it, the natural log-sum-exp ``[B, Hq, Q]`` float32 (``s_aux`` included; differentiable) and
+        None.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit.
+        ImportError: GPU tensors and Triton is not installed.
+    """
+    pattern = check_pattern(
+        q.shape[-1],
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        sink_tokens=sink_tokens,
+        dropout_p=dropout_p,
+    )
+    return _run(
+        Problem(
+            q=_unit_stride(q),
+            k=_unit_stride(k),
+            v=_unit_stride(v),
+            pattern=pattern,
+            s_aux=s_aux,
+            alibi_slopes=alibi_slopes,
+            bias=bias,
+            key_padding_mask=key_padding_mask,
+            dropout_seed=_dropout_seed(dropout_p, q.device),
+            need_lse=return_attn_probs,
+        )
+    )
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    *,
+    s_aux: Tensor | None = None,
+    bias: Tensor | None = None,
+    sink_tokens: int = 0,
+) -> Result:
+    """Attention over sequences packed end to end; no token sees another sequence.
+
+    Args:
+        q: ``[Tq, Hq, D]``; k: ``[Tk, Hkv, D]``; v: ``[Tk, Hkv, Dv]``.
+        cu_seqlens_q: ``[R + 1]`` int32, where each sequence's queries begin; the last is the end.
+        cu_seqlens_k: the same of the keys. An empty sequence is fine.
+        max_seqlen_q: longest query of the batch (an upper bound will do); max_seqlen_k: of the keys.
+        block_table: not served here; see Raises.
+        bias: ``[1|R, 1|Hq, 1|max_seqlen_q, max_seqlen_k]``, counted from each sequence's own start.
+        The others: as in :func:`flash_attn_func`, with R in the place of B.
+
+    Returns:
+        ``[Tq, Hq, Dv]``, or with `return_attn_probs` also the log-sum-exp ``[Hq, Tq]`` and None.
+
+    Raises:
+        ValueError: arguments do not fit, or a block_table is given: paged keys are served by
+            :func:`flash_attn_with_kvcache`.
+    """
+    if block_table is not None:
+        raise ValueError(
+            "flash_attn_varlen_func got a block_table; paged keys and values are read by "
+            "flash_attn_with_kvcache(q, k_cache, v_cache, block_table=..., cache_seqlens=...)"
+        )
+    pattern = check_pattern(
+        q.shape[-1],
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        sink_tokens=sink_tokens,
+        dropout_p=dropout_p,
+    )
+    return _run(
+        Problem(
+            q=_unit_stride(q),
+            k=_unit_stride(k),
+            v=_unit_stride(v),
+            pattern=pattern,
+            s_aux=s_aux,
+            alibi_slopes=alibi_slopes,
+            bias=bias,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=int(max_seqlen_q),
+            max_seqlen_k=int(max_seqlen_k),
+            dropout_seed=_dropout_seed(dropout_p, q.device),
+            need_lse=return_attn_probs,
+        )
+    )
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    s_aux: Tensor | None = None,
+    sink_tokens: int = 0,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of new queries over a KV cache, contiguous or paged; inference only.
+
+    Given `k` and `v` are first written into the cache, in place, behind `cache_seqlens`.
+
+    Args:
+        q: ``[B, Q, Hq, D]``.
+        k_cache: ``[Bc, K, Hkv, D]``, or with a block_table ``[pages, page_size, Hkv, D]``.
+        v_cache: the same with Dv.
+        k: ``[B, Knew, Hkv, D]`` to append; v: ``[B, Knew, Hkv, Dv]``.
+        rotary_cos: ``[positions, rotary_dim / 2]``, applied to the new k at its position and to q;
+            rotary_sin: the same shape.
+        cache_seqlens: valid keys of each row before the append: an int or ``[B]`` int32. None: the
+            cache is full.
+        cache_batch_idx: ``[B]`` int32, the cache row of each row of q (contiguous caches only).
+        cache_leftpad: ``[B]`` int32, keys to skip at the start of each row.
+        block_table: ``[B, max_blocks]`` int32 page numbers; unused entries -1.
+        rotary_interleaved: pairs (0, 1), (2, 3) ... (GPT-J) instead of (0, d/2), ... (GPT-NeoX).
+        num_splits: pieces the keys are cut into and combined from; 0 lets the backend choose.
+        return_softmax_lse: also return the log-sum-exp.
+        The others: as in :func:`flash_attn_func`.
+
+    Returns:
+        ``[B, Q, Hq, Dv]``, with `return_softmax_lse` also ``[B, Hq, Q]`` float32.
+
+    Raises:
+        ValueError: arguments do not fit.
+    """
+    pattern = check_pattern(
+        q.shape[-1],
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+        sink_tokens=sink_tokens,
+        dropout_p=0.0,
+    )
+    problem = cache_problem(
+        q,
+        k_cache,
+        v_cache,
+        pattern=pattern,
+        k=k,
+        v=v,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        cache_seqlens=cache_seqlens,
+        cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
+        block_table=block_table,
+        alibi_slopes=alibi_slopes,
+        s_aux=s_aux,
+        num_splits=num_splits,
+    )
+    out, lse = backends.load(q.device).attention_with_cache(problem)
+    return (out, lse) if return_softmax_lse else out
+
+
+def _run(problem: Problem) -> Result:
+    check_problem(problem)
+    out, lse = backends.load(problem.q.device).attention(problem)
+    return (out, lse, None) if problem.need_lse else out
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dropout_seed(dropout_p: float, device: torch.device) -> Tensor | None:
+    # drawn on the device: no host sync, and torch.manual_seed makes it reproducible
+    if dropout_p <= 0.0:
+        return None
+    return torch.randint(0, 2**62, (1,), device=device, dtype=torch.int64)

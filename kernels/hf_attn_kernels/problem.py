@@ -1,0 +1,69 @@
+"""What a backend is asked to compute: one checked, immutable description.
+
+The three public functions of :mod:`.api` build these; the Triton and CPU backends read them. Windows
+are kept as two numbers, because "causal" is only a window whose right side is 0.
+
+Shape letters: B batch, Q query length, K key length, Hq query heads, Hkv key/value heads,
+D head_dim of q and k, Dv head_dim of v, T total tokens of a packed batch, R sequences in it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+UNBOUNDED = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """Which keys a query sees and how a score becomes a weight. All numbers, no tensors."""
+
+    scaling: float
+    window_left: int = UNBOUNDED  # keys to the left of the diagonal that stay visible, -1: all
+    window_right: int = UNBOUNDED  # keys to the right of it, -1: all, 0: causal
+    softcap: float = 0.0  # 0: none; else s -> softcap * tanh(s / softcap)
+    sink_tokens: int = 0  # first kept keys of a row that no left window hides
+    dropout_p: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Attention over given keys and values, dense (4-D) or packed (3-D with cu_seqlens)."""
+
+    q: Tensor  # [B, Q, Hq, D] or [Tq, Hq, D]
+    k: Tensor  # [B, K, Hkv, D] or [Tk, Hkv, D]
+    v: Tensor  # [B, K, Hkv, Dv] or [Tk, Hkv, Dv]
+    pattern: Pattern
+    s_aux: Tensor | None = None  # [Hq] extra logit in each row's denominator
+    alibi_slopes: Tensor | None = None  # [1 | B, Hq] float32
+    bias: Tensor | None = None  # [1 | B, 1 | Hq, 1 | Q, K], bool or floating point
+    key_padding_mask: Tensor | None = None  # [B, K] bool, True = keep; dense only
+    cu_seqlens_q: Tensor | None = None  # [R + 1] int32
+    cu_seqlens_k: Tensor | None = None  # [R + 1] int32
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    dropout_seed: Tensor | None = None  # [1] int64 on q's device when dropout_p > 0
+    need_lse: bool = False  # False: a backend may return None in its place
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheProblem:
+    """Attention of a few new queries over a KV cache, contiguous or paged. Inference only."""
+
+    q: Tensor  # [B, Q, Hq, D]
+    k_cache: Tensor  # [Bc, K, Hkv, D], or [pages, page_size, Hkv, D] with a block_table
+    v_cache: Tensor  # [Bc, K, Hkv, Dv], or [pages, page_size, Hkv, Dv]
+    seqlens_k: Tensor  # [B] int32: valid keys of each row, new ones included
+    pattern: Pattern
+    block_table: Tensor | None = None  # [B, max_blocks] int32, unused entries -1
+    batch_idx: Tensor | None = None  # [B] int32 row of the cache for each row of q; contiguous only
+    leftpad: Tensor | None = None  # [B] int32 keys to skip at the start of a row
+    s_aux: Tensor | None = None  # [Hq]
+    alibi_slopes: Tensor | None = None  # [1 | B, Hq] float32
+    num_splits: int = 0  # 0: chosen by the backend

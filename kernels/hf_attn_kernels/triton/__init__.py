@@ -1,0 +1,6 @@
+"""The Triton backend. Importing this imports triton; nothing else in the package does."""
+
+from .decode import attention_with_cache
+from .op import attention
+
+__all__ = ["attention", "attention_with_cache"]

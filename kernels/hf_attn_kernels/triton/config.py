@@ -1,0 +1,107 @@
+"""Tile sizes: a table by chip, kernel, element size and head_dim. Nothing is tuned at run time.
+
+An autotuner costs microseconds at every launch and picks other tiles in other runs; a table costs one
+lookup. `scripts/aot_report.py` compiles every entry ahead of time and reports its shared memory,
+registers and spills. Add a chip by adding its rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns of a tile and how it is compiled."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+KERNELS = ("forward", "dq", "dkdv", "bias_grad")
+
+# head_dim is rounded up to one of these; rows below give one Tiles for each
+HEAD_DIMS = (64, 128, 256, 512)
+
+T = Tiles
+# TABLE[chip][kernel][bytes of an element] = Tiles for head_dim up to 64, 128, 256 (512 forward only)
+TABLE: dict[str, dict[str, dict[int, tuple[Tiles, ...]]]] = {
+    "sm_90": {
+        "forward": {
+            2: (T(128, 128, 8, 2), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 1)),
+            4: (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(16, 16, 4, 1)),
+        },
+        "dq": {
+            2: (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
+            4: (T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
+        },
+        "dkdv": {
+            2: (T(64, 128, 8, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
+            4: (T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
+        },
+        "bias_grad": {
+            2: (T(64, 64, 4, 1), T(64, 64, 8, 1), T(32, 32, 8, 1)),
+            4: (T(32, 32, 4, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
+        },
+    },
+}
+# the interpreter's tiles are small and unequal, so that short tests cross many tile borders
+SMALL = {2: (T(32, 16, 4, 1),) * 4, 4: (T(32, 16, 4, 1),) * 4}
+TABLE["interpreter"] = dict.fromkeys(KERNELS, SMALL)
+
+
+@functools.cache
+def chip_of(device_type: str, index: int | None) -> str:
+    """Row of the table for a device: its own, or that of the nearest chip it resembles.
+
+    Raises:
+        ValueError: a device without a row.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    if device_type == "xpu":
+        return "xpu"
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return "gfx942"
+    return chip_of_capability(properties.major, properties.minor)
+
+
+def chip_of_capability(major: int, minor: int) -> str:
+    """NVIDIA compute capability -> row of the table.
+
+    Raises:
+        ValueError: older than Ampere (no bfloat16 tensor cores).
+    """
+    if major < 8:
+        raise ValueError(
+            f"compute capability {major}.{minor} is not supported; the Triton kernels need 8.0 "
+            "(Ampere) or newer. Use attn_implementation='sdpa' on this GPU."
+        )
+    if major == 8:
+        return "sm_80" if minor == 0 else "sm_89"
+    if major == 9:
+        return "sm_90"
+    return "sm_100" if major in (10, 11) else "sm_89"  # 12.x: 99 KiB of shared memory, like 8.9
+
+
+def tiles(kernel: str, chip: str, itemsize: int, head_dim: int) -> Tiles:
+    """The entry for a kernel; `head_dim` is the larger of q's and v's.
+
+    Raises:
+        ValueError: this kernel has no tiles for so large a head_dim.
+    """
+    row = TABLE[chip][kernel][itemsize]
+    for limit, entry in zip(HEAD_DIMS, row, strict=False):
+        if head_dim <= limit:
+            return entry
+    raise ValueError(
+        f"{kernel} supports head_dim up to {HEAD_DIMS[len(row) - 1]}, got {head_dim}; "
+        "use attn_implementation='sdpa'"
+    )

@@ -1,0 +1,181 @@
+"""The kernels as torch operators: launch, shape functions for torch.compile, and autograd.
+
+`attention` is what the API calls. Below it are two custom operators, one for each direction, whose
+arguments are plain tensors and numbers, because that is what torch.compile can see through.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..problem import Pattern, Problem
+from .launch import Shape, launch_backward, launch_forward
+
+
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Run `problem` on Triton: out like q with v's head_dim, and the natural log-sum-exp (float32)."""
+    p, pattern = problem, problem.pattern
+    out, lse = attention_forward(
+        p.q,
+        p.k,
+        p.v,
+        p.s_aux,
+        _rows_of_slopes(p.alibi_slopes),
+        p.bias,
+        p.key_padding_mask,
+        p.cu_seqlens_q,
+        p.cu_seqlens_k,
+        p.dropout_seed,
+        p.max_seqlen_q,
+        p.max_seqlen_k,
+        pattern.scaling,
+        pattern.window_left,
+        pattern.window_right,
+        pattern.softcap,
+        pattern.sink_tokens,
+        pattern.dropout_p,
+    )
+    return out, lse
+
+
+def _rows_of_slopes(slopes: Tensor | None) -> Tensor | None:
+    """``[1 | B, Hq]`` float32, contiguous."""
+    if slopes is None:
+        return None
+    return (slopes if slopes.dim() == 2 else slopes[None]).contiguous()
+
+
+@torch.library.custom_op("hf_attn::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    max_q: int,
+    max_k: int,
+    scaling: float,
+    left: int,
+    right: int,
+    softcap: float,
+    sink_tokens: int,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Out and log-sum-exp; arguments as in :class:`..problem.Problem`, already checked."""
+    pattern = Pattern(
+        scaling=scaling,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        sink_tokens=sink_tokens,
+        dropout_p=dropout_p,
+    )
+    return launch_forward(
+        q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern
+    )
+
+
+@attention_forward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, slopes: Tensor | None,
+    bias: Tensor | None, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    seed: Tensor | None, max_q: int, max_k: int, scaling: float, left: int, right: int,
+    softcap: float, sink_tokens: int, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return Shape.of(q, k, v, cu_q, max_q, max_k).empty_outputs(q)
+
+
+@torch.library.custom_op("hf_attn::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    s_aux: Tensor | None,
+    slopes: Tensor | None,
+    bias: Tensor | None,
+    key_mask: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    seed: Tensor | None,
+    max_q: int,
+    max_k: int,
+    scaling: float,
+    left: int,
+    right: int,
+    softcap: float,
+    sink_tokens: int,
+    dropout_p: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, bias and s_aux; the last two have 0 elements where not asked for."""
+    pattern = Pattern(
+        scaling=scaling,
+        window_left=left,
+        window_right=right,
+        softcap=softcap,
+        sink_tokens=sink_tokens,
+        dropout_p=dropout_p,
+    )
+    return launch_backward(
+        dout, dlse, out, lse, q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q,
+        max_k, pattern, bias_needs_grad,
+    )  # fmt: skip
+
+
+@attention_backward.register_fake
+def _(
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    s_aux: Tensor | None, slopes: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
+    cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
+    scaling: float, left: int, right: int, softcap: float, sink_tokens: int, dropout_p: float,
+    bias_needs_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    none = q.new_empty(0)
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        bias.new_empty(bias.shape) if bias is not None and bias_needs_grad else none,
+        s_aux.new_empty(s_aux.shape) if s_aux is not None else none,
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    tensors, numbers = inputs[:10], inputs[10:]
+    ctx.save_for_backward(*tensors, *output)
+    ctx.numbers = numbers
+    ctx.bias_needs_grad = ctx.needs_input_grad[5]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    *tensors, out, lse = ctx.saved_tensors
+    nothing = (None,) * (len(tensors) + len(ctx.numbers))
+    if dout is None and dlse is None:
+        return nothing
+    dout = torch.zeros_like(out) if dout is None else dout
+    dq, dk, dv, dbias, ds_aux = attention_backward(
+        dout, dlse, out, lse, *tensors, *ctx.numbers, ctx.bias_needs_grad
+    )
+    return (
+        dq,
+        dk,
+        dv,
+        ds_aux if ctx.needs_input_grad[3] else None,
+        None,
+        dbias if ctx.bias_needs_grad else None,
+        *nothing[6:],
+    )
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
