@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CASE_MODULES = ("forward", "backward", "decode")
+CASE_MODULES = ("cases", "decode")
 
 _POINTEES = {
     torch.float16: "fp16",
@@ -119,11 +119,13 @@ def case_from_arguments(
     constexprs: dict[str, Any] = {}
     divisible = set()
     for key, value in arguments.items():
-        if params[key].is_constexpr or value is None or (type(value) is int and value == 1):
+        free = params[key].do_not_specialize
+        one = type(value) is int and value == 1 and not free
+        if params[key].is_constexpr or value is None or one:
             constexprs[key] = value
             continue
         signature[key], aligned = _specialise(key, value)
-        if aligned:
+        if aligned and not free:
             divisible.add(key)
     return AotCase(
         kernel=kernel, name=name, fn=fn, signature=signature, constexprs=constexprs,

@@ -32,13 +32,14 @@ def delta_kernel(
     b = pid // blocks_m // heads_q
     h = pid // blocks_m % heads_q
     q_start, q_len, _, _ = sequence_bounds(b, CuQ, CuQ, q_len, q_len, PACKED)
-    rows = pid % blocks_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = pid % blocks_m * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
     ok = rows < q_len
     cols = tl.arange(0, BLOCK_DV)
     stride = heads_q * DV
     shift = b.to(tl.int64) * o_sb + q_start.to(tl.int64) * stride + h.to(tl.int64) * DV
-    o = load_rows(Out + shift, rows, stride, cols, ok, DV, BLOCK_DV, True)
-    do = load_rows(DOut + shift, rows, stride, cols, ok, DV, BLOCK_DV, True)
+    o = load_rows(Out + shift, first_row, stride, cols, ok, BLOCK_M, DV, BLOCK_DV, True)
+    do = load_rows(DOut + shift, first_row, stride, cols, ok, BLOCK_M, DV, BLOCK_DV, True)
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = b.to(tl.int64) * lse_sb + h.to(tl.int64) * lse_sh + q_start
     if HAS_DLSE:
@@ -86,11 +87,11 @@ def _load_lse(base, rows, ok):
 
 @triton.jit
 def _dq_span(
-    dq, q, do, lse, delta, start, end,
+    dq, q, do, lse, delta, start, full_start, full_end, end,
     k_base, v_base, stride_k, stride_v, key_mask, bias_base, bias_stride_q, bias_stride_k, seed,
     stream, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
-    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SINK_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -99,7 +100,6 @@ def _dq_span(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     i = rows[:, None]
-    USE_OK: tl.constexpr = MASKED or HAS_KEY_MASK
     for n0 in range(start, end, BLOCK_N):
         n0 = tl.multiple_of(n0, BLOCK_N)
         cols = n0 + tl.arange(0, BLOCK_N)
@@ -108,20 +108,21 @@ def _dq_span(
         if HAS_KEY_MASK:
             col_ok = col_ok & (tl.load(key_mask + cols, mask=col_ok, other=0) != 0)
         ok = row_ok[:, None] & col_ok[None, :]
-        if MASKED:
-            ok = ok & visible(
-                i, j, k_lo, k_hi, offset, left, right, sink_tokens, HAS_LEFT, HAS_RIGHT,
-                HAS_SINK_TOKENS,
-            )  # fmt: skip
-        k = load_rows(k_base, cols, stride_k, offs_d, col_ok, D, BLOCK_D, USE_OK)
-        v = load_rows(v_base, cols, stride_v, offs_dv, col_ok, DV, BLOCK_DV, USE_OK)
+        k = load_rows(k_base, n0, stride_k, offs_d, col_ok, BLOCK_N, D, BLOCK_D, True)
+        v = load_rows(v_base, n0, stride_v, offs_dv, col_ok, BLOCK_N, DV, BLOCK_DV, True)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         _, ds, t = _weights(
             qk, dp, lse[:, None], delta[:, None], i, j, ok, bias_base, bias_stride_q,
             bias_stride_k, slope, offset, scaling, softcap, seed, stream, keep_threshold,
-            keep_scale, USE_OK, SOFTCAP, HAS_ALIBI, BIAS, DROPOUT,
+            keep_scale, HAS_KEY_MASK, SOFTCAP, HAS_ALIBI, BIAS, DROPOUT,
         )  # fmt: skip
+        if n0 < full_start or n0 >= full_end:
+            seen = visible(
+                i, j, k_lo, k_hi, offset, left, right, sink_tokens, HAS_LEFT, HAS_RIGHT,
+                HAS_SINK_TOKENS,
+            )  # fmt: skip
+            ds = tl.where(seen, ds, 0.0)
         if SOFTCAP:
             ds = ds * (1.0 - t * t)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)  # [BLOCK_M, BLOCK_D]
@@ -174,8 +175,8 @@ def dq_kernel(
     bias_base = Bias + b64 * bias_sb + h64 * bias_sh
     key_mask = KeyMask + b64 * k_len
     row_at = b64 * lse_sb + h64 * lse_sh + q_start
-    q = load_rows(q_base, rows, q_ss, offs_d, row_ok, D, BLOCK_D, True)
-    do = load_rows(do_base, rows, o_ss, offs_dv, row_ok, DV, BLOCK_DV, True)
+    q = load_rows(q_base, first_row, q_ss, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
+    do = load_rows(do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True)
     lse = _load_lse(Lse + row_at, rows, row_ok)
     delta = tl.load(Delta + row_at + rows, mask=row_ok, other=0.0)
     slope = 0.0
@@ -190,24 +191,21 @@ def dq_kernel(
         sink_start = k_lo // BLOCK_N * BLOCK_N
         sink_end = tl.minimum(tl.minimum(k_lo + sink_tokens, k_hi), lo)
         dq = _dq_span(
-            dq, q, do, lse, delta, sink_start, sink_end,
+            dq, q, do, lse, delta, sink_start, hi, hi, sink_end,
             k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
             b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
             scaling, softcap, keep_threshold, keep_scale,
-            True, HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS, HAS_KEY_MASK,
+            HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS, HAS_KEY_MASK,
             DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
-    for part in tl.static_range(3):
-        start = lo if part == 0 else (a if part == 1 else c)
-        end = a if part == 0 else (c if part == 1 else hi)
-        dq = _dq_span(
-            dq, q, do, lse, delta, start, end,
-            k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
-            b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
-            scaling, softcap, keep_threshold, keep_scale,
-            part != 1, HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS,
-            HAS_KEY_MASK, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
-        )  # fmt: skip
+    dq = _dq_span(
+        dq, q, do, lse, delta, lo, a, c, hi,
+        k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
+        b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
+        scaling, softcap, keep_threshold, keep_scale,
+        HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS, HAS_KEY_MASK,
+        DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
     dq_ss = heads_q * D
     out = DQ + b64 * dq_sb + q_start.to(tl.int64) * dq_ss + h64 * D
@@ -247,11 +245,11 @@ def _row_ranges(
 
 @triton.jit
 def _dkdv_span(
-    dk, dv, k, v, start, end,
+    dk, dv, k, v, start, full_start, full_end, end,
     q_base, do_base, stride_q, stride_o, lse_base, delta_base, bias_base, bias_stride_q,
     bias_stride_k, seed, stream, slope, cols, col_ok, q_len, k_lo, k_hi, offset, left, right,
     sink_tokens, scaling, softcap, keep_threshold, keep_scale,
-    MASKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SINK_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -260,29 +258,30 @@ def _dkdv_span(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     j = cols[:, None]
-    USE_OK: tl.constexpr = MASKED or HAS_KEY_MASK
     for m0 in range(start, end, BLOCK_M):
         m0 = tl.multiple_of(m0, BLOCK_M)
         rows = m0 + tl.arange(0, BLOCK_M)
         row_ok = rows < q_len
         i = rows[None, :]
-        q = load_rows(q_base, rows, stride_q, offs_d, row_ok, D, BLOCK_D, MASKED)
-        do = load_rows(do_base, rows, stride_o, offs_dv, row_ok, DV, BLOCK_DV, MASKED)
+        q = load_rows(q_base, m0, stride_q, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
+        do = load_rows(do_base, m0, stride_o, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True)
         lse = _load_lse(lse_base, rows, row_ok)
         delta = tl.load(delta_base + rows, mask=row_ok, other=0.0)
         ok = col_ok[:, None] & row_ok[None, :]
-        if MASKED:
-            ok = ok & visible(
-                i, j, k_lo, k_hi, offset, left, right, sink_tokens, HAS_LEFT, HAS_RIGHT,
-                HAS_SINK_TOKENS,
-            )  # fmt: skip
         qk = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         p, ds, t = _weights(
             qk, dp, lse[None, :], delta[None, :], i, j, ok, bias_base, bias_stride_q,
             bias_stride_k, slope, offset, scaling, softcap, seed, stream, keep_threshold,
-            keep_scale, USE_OK, SOFTCAP, HAS_ALIBI, BIAS, DROPOUT,
+            keep_scale, HAS_KEY_MASK, SOFTCAP, HAS_ALIBI, BIAS, DROPOUT,
         )  # fmt: skip
+        if m0 < full_start or m0 >= full_end:
+            seen = visible(
+                i, j, k_lo, k_hi, offset, left, right, sink_tokens, HAS_LEFT, HAS_RIGHT,
+                HAS_SINK_TOKENS,
+            )  # fmt: skip
+            p = tl.where(seen, p, 0.0)
+            ds = tl.where(seen, ds, 0.0)
         if SOFTCAP:
             ds = ds * (1.0 - t * t)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)  # [BLOCK_N, BLOCK_DV]
@@ -331,8 +330,8 @@ def dkdv_kernel(
     o_ss = heads_q * DV
     k_base = K + b64 * k_sb + k_start.to(tl.int64) * k_ss + kv64 * k_sh
     v_base = V + b64 * v_sb + k_start.to(tl.int64) * v_ss + kv64 * v_sh
-    k = load_rows(k_base, cols, k_ss, offs_d, col_ok, D, BLOCK_D, True)
-    v = load_rows(v_base, cols, v_ss, offs_dv, col_ok, DV, BLOCK_DV, True)
+    k = load_rows(k_base, first_key, k_ss, offs_d, col_ok, BLOCK_N, D, BLOCK_D, True)
+    v = load_rows(v_base, first_key, v_ss, offs_dv, col_ok, BLOCK_N, DV, BLOCK_DV, True)
     seed = 0
     if DROPOUT:
         seed = tl.load(Seed)
@@ -349,17 +348,14 @@ def dkdv_kernel(
         slope = 0.0
         if HAS_ALIBI:
             slope = tl.load(Slopes + b * slopes_sb + h)
-        for part in tl.static_range(3):
-            start = lo if part == 0 else (a if part == 1 else c)
-            end = a if part == 0 else (c if part == 1 else hi)
-            dk, dv = _dkdv_span(
-                dk, dv, k, v, start, end,
-                q_base, do_base, q_ss, o_ss, Lse + row_at, Delta + row_at, bias_base, bias_sq,
-                bias_sk, seed, b * heads_q + h, slope, cols, col_ok, q_len, k_lo, k_hi, offset,
-                left, right, sink_tokens, scaling, softcap, keep_threshold, keep_scale,
-                part != 1, HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS,
-                HAS_KEY_MASK, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
-            )  # fmt: skip
+        dk, dv = _dkdv_span(
+            dk, dv, k, v, lo, a, c, hi,
+            q_base, do_base, q_ss, o_ss, Lse + row_at, Delta + row_at, bias_base, bias_sq,
+            bias_sk, seed, b * heads_q + h, slope, cols, col_ok, q_len, k_lo, k_hi, offset,
+            left, right, sink_tokens, scaling, softcap, keep_threshold, keep_scale,
+            HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS,
+            HAS_KEY_MASK, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, PRECISION,
+        )  # fmt: skip
 
     dk_ss = heads_kv * D
     dv_ss = heads_kv * DV

@@ -16,8 +16,8 @@ def bias_grad_kernel(
     Q, K, V, DOut, Lse, Delta, DBias, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, lse_sb, lse_sh,
     bias_sb, bias_sh, bias_sq, bias_sk, slopes_sb,
-    batch, bias_batch, bias_heads, bias_queries, max_q, max_k,
-    blocks_m, blocks_n, heads_q, groups, q_len, k_len, left, right, sink_tokens, scaling, softcap,
+    batch, bias_batch, bias_heads, bias_queries, max_k,
+    blocks_m, heads_q, groups, q_len, k_len, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
     PACKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SINK_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -69,13 +69,14 @@ def bias_grad_kernel(
             slope = 0.0
             if HAS_ALIBI:
                 slope = tl.load(Slopes + b * slopes_sb + h)
-            k = load_rows(k_base, cols, k_ss, offs_d, col_ok, D, BLOCK_D, True)
-            v = load_rows(v_base, cols, v_ss, offs_dv, col_ok, DV, BLOCK_DV, True)
+            k = load_rows(k_base, first_key, k_ss, offs_d, col_ok, BLOCK_N, D, BLOCK_D, True)
+            v = load_rows(v_base, first_key, v_ss, offs_dv, col_ok, BLOCK_N, DV, BLOCK_DV, True)
             for block in range(block_lo, block_hi):
-                rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
+                first_row = block * BLOCK_M
+                rows = first_row + tl.arange(0, BLOCK_M)
                 row_ok = rows < n_q
-                q = load_rows(q_base, rows, q_ss, offs_d, row_ok, D, BLOCK_D, True)
-                do = load_rows(do_base, rows, o_ss, offs_dv, row_ok, DV, BLOCK_DV, True)
+                q = load_rows(q_base, first_row, q_ss, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
+                do = load_rows(do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True)
                 lse = _load_lse(Lse + row_at, rows, row_ok)
                 delta = tl.load(Delta + row_at + rows, mask=row_ok, other=0.0)
                 i = rows[:, None]

@@ -5,209 +5,261 @@ per KV head ("GQA packed into M"). The keys are cut into splits that run side by
 kernel combines them (Flash-Decoding). Grid and number of splits depend on shapes only, never on the
 lengths in device memory: nothing waits for the device and the launch can be captured in a CUDA graph.
 
-Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, K keys of a row, D / DV
-head_dim of q, k / v, S splits, BM / BN tile rows / keys. Scores and log-sum-exps are base 2 inside.
+Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, K keys a row may have,
+D / Dv head_dim of q, k / v.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..problem import CacheProblem, Pattern, Problem
-from .decode_config import DecodeConfig, choose_splits, config_for, tile_rows
-from .decode_config import arch_of, processors
+from .config import chip_of
+from .decode_config import (
+    MAX_SPLITS,
+    DecodeConfig,
+    choose_splits,
+    config_for,
+    padded,
+    processors,
+)
+from .decode_kernel import LOG2E, RECORD_TAIL, decode_kernel, reduce_kernel
+from .launch import Launch
 
-LOG2E = math.log2(math.e)
-LN2 = math.log(2.0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DENSE_MAX_ROWS = 16  # Q * G up to which `decode_dense` beats the prefill kernel's 64-row tiles
+DENSE_MAX_ROWS = 16  # Q * G: one tile; beyond it the forward kernel's larger tiles do better
 
 
-@triton.jit
-def _softcap_tanh(x):
-    """tanh from exp2; a short series near 0, where 1 - exp2(...) would cancel."""
-    e = tl.exp2(-2.8853900817779268 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    square = x * x
-    near = x * (1.0 + square * (-0.3333333333 + square * 0.1333333333))
-    return tl.where(square < 0.0025, near, tl.where(x < 0, -far, far))
+def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+    """Run `problem` on Triton.
+
+    Returns:
+        out ``[B, Q, Hq, Dv]`` and the natural log-sum-exp ``[B, Hq, Q]`` float32. Rows without a
+        visible key are zeros and -inf (or s_aux). Not differentiable.
+
+    Raises:
+        ValueError: the dtype is not one of DTYPES.
+    """
+    p = problem
+    return _run_op(
+        p.q, p.k_cache, p.v_cache, p.seqlens_k, p.block_table, p.batch_idx, p.leftpad, None, p.s_aux,
+        p.alibi_slopes, p.pattern, p.num_splits,
+    )  # fmt: skip
 
 
-@triton.jit
-def _decode_kernel(
-    q, k, v, out, lse, partial,
-    seqlens, block_table, batch_idx, leftpad, key_mask, sink_ends, alibi, s_aux,
-    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, table_sb, mask_sb, alibi_sb,
-    q_len, k_len, rows, window_left, window_right, sink_tokens, scale_log2, softcap,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr,
-    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """Grid (S * tiles of Q * G rows, Hkv, B). Strides of q, k, v come in units of VEC elements."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    split = tl.program_id(0) % SPLITS
-    m0 = (tl.program_id(0) // SPLITS) * BM
-    head_kv = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
+def serves_dense(problem: Problem) -> bool:
+    """Whether `decode_dense` can stand in for the forward kernel, and should."""
+    p = problem
+    if p.packed or p.bias is not None or p.pattern.dropout_p > 0:
+        return False
+    given = (p.q, p.k, p.v, p.s_aux)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        return False
+    rows = p.q.shape[1] * (p.q.shape[2] // p.k.shape[2])
+    return rows <= DENSE_MAX_ROWS and p.q.dtype in DTYPES
 
-    m = m0 + tl.arange(0, BM)  # [BM] row = token * G + head of the group
-    row_ok = m < q_len * G
-    token = m // G
-    head = head_kv * G + m % G
-    d = tl.arange(0, BLOCK_D)
-    dv = tl.arange(0, BLOCK_DV)
 
-    kv_len = k_len if seqlens is None else tl.load(seqlens + b)
-    start = 0 if leftpad is None else tl.load(leftpad + b)
-    diagonal = kv_len - q_len  # token i sits at key position i + diagonal
-    first_token = m0 // G
-    last_token = tl.minimum((m0 + BM - 1) // G, q_len - 1)
+def decode_dense(problem: Problem) -> tuple[Tensor, Tensor]:
+    """A dense `problem` that `serves_dense`, over keys given whole; same results as the forward."""
+    p, leftpad = problem, None
+    if p.pattern.sink_tokens and p.key_padding_mask is not None:
+        # sinks count from the first kept key; an all-False row gets 0, where its mask hides all
+        leftpad = p.key_padding_mask.to(torch.int32).argmax(dim=1).to(torch.int32)
+    return _run_op(
+        p.q, p.k, p.v, None, None, None, leftpad, p.key_padding_mask, p.s_aux, p.alibi_slopes,
+        p.pattern, 0,
+    )  # fmt: skip
 
-    # keys [lo, hi) some row of this tile sees through its window, and [start, sink_end) as sinks
-    lo = start
-    hi = kv_len
-    if HAS_LEFT:
-        lo = tl.maximum(lo, first_token + diagonal - window_left)
-    if HAS_RIGHT:
-        hi = tl.minimum(hi, last_token + diagonal + window_right + 1)
-    first_tile = lo // BN
-    tiles = tl.where(hi > lo, tl.cdiv(hi, BN) - first_tile, 0)
-    sink_tiles = 0
-    sink_first = 0
-    sink_end = 0
-    if HAS_SINKS:
-        if sink_ends is None:
-            sink_end = start + sink_tokens
-        else:
-            sink_end = tl.load(sink_ends + b)
-        sink_end = tl.minimum(sink_end, hi)
-        sink_first = start // BN
-        sink_tiles = tl.minimum(tl.cdiv(sink_end, BN), first_tile) - sink_first
-        sink_tiles = tl.where(hi > lo, tl.maximum(sink_tiles, 0), 0)
-    # keys that every row sees: such tiles need no mask
-    all_lo = start
-    all_hi = kv_len
-    if HAS_LEFT:
-        all_lo = tl.maximum(all_lo, last_token + diagonal - window_left)
-    if HAS_RIGHT:
-        all_hi = tl.minimum(all_hi, first_token + diagonal + window_right + 1)
 
-    # [BM, BLOCK_D]
-    q_at = q + b * (q_sb * VEC) + token.to(tl.int64)[:, None] * (q_st * VEC)
-    q_at += head[:, None] * (q_sh * VEC) + d[None, :]
-    queries = tl.load(q_at, mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
-    if alibi is not None:
-        slope = tl.load(alibi + b * alibi_sb + head, mask=row_ok, other=0.0) * LOG2E
-    row = b if batch_idx is None else tl.load(batch_idx + b).to(tl.int64)
-    k_base = k + head_kv.to(tl.int64) * (k_sh * VEC)
-    v_base = v + head_kv.to(tl.int64) * (v_sh * VEC)
-    if PAGE_SIZE == 0:
-        k_base += row * (k_sb * VEC)
-        v_base += row * (v_sb * VEC)
+def _run_op(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, block_table: Tensor | None,
+    batch_idx: Tensor | None, leftpad: Tensor | None, key_mask: Tensor | None,
+    s_aux: Tensor | None, slopes: Tensor | None, pattern: Pattern, num_splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if q.dtype not in DTYPES:
+        raise ValueError(
+            f"dtype {q.dtype} is not supported by the Triton decode kernel; possible: "
+            + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        )
+    out, lse = torch.ops.hf_attn.decode(
+        q, k, v, seqlens, block_table, batch_idx, leftpad, key_mask, s_aux, slopes,
+        pattern.scaling, pattern.window_left, pattern.window_right, pattern.softcap,
+        pattern.sink_tokens, num_splits,
+    )  # fmt: skip
+    return out, lse
 
-    top = tl.full([BM], float("-inf"), tl.float32)  # running maximum
-    total = tl.zeros([BM], tl.float32)  # running sum of exp2(score - top)
-    acc = tl.zeros([BM, BLOCK_DV], tl.float32)
-    per_split = tl.cdiv(tiles + sink_tiles, SPLITS)
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, tiles + sink_tiles)
-    for step in tl.range(begin, end):
-        tile = first_tile + step - sink_tiles
-        if HAS_SINKS:
-            tile = tl.where(step < sink_tiles, sink_first + step, tile)
-        n0 = tile * BN
-        n = n0 + tl.arange(0, BN)  # [BN] key positions
-        # what no row sees is never read: it may be a freed page, or hold anything
-        at = tl.minimum(tl.maximum(n, lo), hi - 1)
-        if HAS_SINKS:
-            at = tl.where(n < sink_end, tl.maximum(n, start), at)
-        if PAGE_SIZE == 0:
-            k_off = at.to(tl.int64) * (k_st * VEC)
-            v_off = at.to(tl.int64) * (v_st * VEC)
-        else:
-            if PAGE_SIZE % BN == 0:
-                page = tl.load(block_table + b * table_sb + n0 // PAGE_SIZE).to(tl.int64)
-            else:
-                page = tl.load(block_table + b * table_sb + at // PAGE_SIZE).to(tl.int64)
-            k_off = page * (k_sb * VEC) + (at % PAGE_SIZE) * (k_st * VEC)
-            v_off = page * (v_sb * VEC) + (at % PAGE_SIZE) * (v_st * VEC)
 
-        # [BN, BLOCK_D]
-        if BLOCK_D == D:
-            keys = tl.load(k_base + k_off[:, None] + d[None, :])
-        else:
-            keys = tl.load(k_base + k_off[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [BM, BN]
-        if HAS_SOFTCAP:
-            scores = _softcap_tanh(scores * scale_log2) * (softcap * LOG2E)
-        else:
-            scores = scores * scale_log2
-        if alibi is not None:
-            distance = tl.abs(token[:, None] + diagonal - n[None, :])
-            scores -= slope[:, None] * distance.to(tl.float32)
-        if key_mask is not None:
-            kept = tl.load(key_mask + b * mask_sb + at) != 0  # [BN]
-            scores = tl.where(kept[None, :], scores, float("-inf"))
-        if (n0 < all_lo) | (n0 + BN > all_hi):
-            position = token + diagonal
-            seen = (n[None, :] >= start) & (n[None, :] < kv_len)
-            if HAS_LEFT:
-                in_window = n[None, :] >= position[:, None] - window_left
-                if HAS_SINKS:
-                    in_window = in_window | (n[None, :] < sink_end)
-                seen = seen & in_window
-            if HAS_RIGHT:
-                seen = seen & (n[None, :] <= position[:, None] + window_right)
-            scores = tl.where(seen, scores, float("-inf"))
+@dataclass(frozen=True)
+class Cache:
+    """Tensors of a call beside its pattern; slopes ``[1 | B, Hq]``."""
 
-        higher = tl.maximum(top, tl.max(scores, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # rows that saw nothing so far
-        weights = tl.exp2(scores - shift[:, None])
-        fade = tl.exp2(top - shift)
-        total = total * fade + tl.sum(weights, 1)
-        top = higher
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seqlens: Tensor | None
+    block_table: Tensor | None
+    batch_idx: Tensor | None
+    leftpad: Tensor | None
+    key_mask: Tensor | None
+    s_aux: Tensor | None
+    slopes: Tensor | None
 
-        # [BN, BLOCK_DV]
-        v_at = v_base + v_off[:, None] + dv[None, :]
-        if key_mask is not None:  # 0 * NaN is NaN: what is masked away must not be read
-            values = tl.load(v_at, mask=kept[:, None] & (dv[None, :] < DV), other=0.0)
-        elif BLOCK_DV == DV:
-            values = tl.load(v_at)
-        else:
-            values = tl.load(v_at, mask=dv[None, :] < DV, other=0.0)
-        acc = acc * fade[:, None]
-        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+    @property
+    def capacity(self) -> int:
+        """Keys that a row may have."""
+        blocks = 1 if self.block_table is None else self.block_table.shape[1]
+        return blocks * self.k.shape[1]
 
-    # [BM] row of the outputs [B, Q, Hq, DV]
-    heads = tl.num_programs(1) * G
-    o_row = (b * q_len + token) * heads + head
-    if SPLITS == 1:
-        if s_aux is not None:
-            extra = tl.load(s_aux + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
-            higher = tl.maximum(top, extra)
-            total = total * tl.exp2(top - higher) + tl.exp2(extra - higher)
-            acc = acc * tl.exp2(top - higher)[:, None]
-            top = higher
-        store, lse_row = out, (b * heads + head) * q_len + token
-        lse_scale = 0.6931471805599453
-    # normalised here too, so that the reduce needs the log-sum-exp alone
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    row_lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
-    o_mask = row_ok[:, None] & (dv[None, :] < DV)
-    if SPLITS == 1:
-        tl.store(out + o_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), o_mask)
-        lse_row = (b * heads + head) * q_len + token
-        tl.store(lse + lse_row, row_lse * 0.6931471805599453, row_ok)
-    else:
-        # partial: [rows, S, DV] outputs, then [rows, S] log-sum-exps
-        part = o_row * SPLITS + split
-        tl.store(partial + part[:, None] * DV + dv[None, :], result, o_mask)
-        lse_base = partial + (rows.to(tl.int64) * SPLITS) * DV
-        tl.store(lse_base + part, row_lse, row_ok)
+
+def _strides(x: Tensor) -> list[int]:
+    """Of all dimensions but the last. A dimension of one element takes no step: its stride says
+    nothing about alignment, and may not make Triton compile again."""
+    return [0 if n == 1 else step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
+
+
+def _longest_view(pattern: Pattern, capacity: int, tokens: int) -> int:
+    """Keys that a tile of `tokens` tokens visits at most."""
+    if pattern.window_left < 0 or pattern.window_right < 0:
+        return capacity
+    window = pattern.window_left + pattern.window_right + tokens + pattern.sink_tokens
+    return min(capacity, window)
+
+
+def launches(
+    x: Cache, pattern: Pattern, num_splits: int, out: Tensor, lse: Tensor, chip: str, units: int
+) -> list[Launch]:
+    """The decode kernel, and the reduce kernel when the keys are split.
+
+    Args:
+        num_splits: 0 to choose.
+        chip: row of the tile table.
+        units: multiprocessors of the chip.
+    """
+    batch, q_len, heads_q, dim = x.q.shape
+    heads_kv, dim_v = x.k.shape[2], x.v.shape[-1]
+    groups = heads_q // heads_kv
+    config = config_for(chip, x.q.element_size(), max(dim, dim_v), q_len * groups)
+    tiles_m = -(-q_len * groups // config.block_m)
+    if num_splits <= 0:
+        keys = _longest_view(pattern, x.capacity, -(-config.block_m // groups))
+        num_splits = choose_splits(tiles_m * heads_kv * batch, keys, config.block_n, units)
+    splits = min(num_splits, MAX_SPLITS)
+    partial = None
+    if splits > 1:
+        record = dim_v + RECORD_TAIL.value
+        partial = x.q.new_empty(batch * q_len * heads_q * splits * record, dtype=torch.float32)
+    decode = Launch(
+        "decode", decode_kernel, (tiles_m * splits, heads_kv, batch),
+        _decode_arguments(x, pattern, config, splits, out, lse, partial), config.num_warps,
+        config.num_stages,
+    )  # fmt: skip
+    if partial is None:
+        return [decode]
+    # 8192 numbers of the splits' outputs at a time keep the reduction in registers
+    block_s = triton.next_power_of_2(splits)
+    block_c = min(padded(dim_v), max(16, 8192 // block_s))
+    arguments = {
+        "partial": partial, "s_aux": x.s_aux, "out": out, "lse": lse, "q_len": q_len,
+        "heads": heads_q, "DV": dim_v, "SPLITS": splits, "BLOCK_S": block_s, "BLOCK_C": block_c,
+    }  # fmt: skip
+    grid = (batch * q_len * heads_q, -(-dim_v // block_c))
+    return [decode, Launch("reduce", reduce_kernel, grid, arguments, 4, 1)]
+
+
+def _decode_arguments(
+    x: Cache, pattern: Pattern, config: DecodeConfig, splits: int, out: Tensor, lse: Tensor,
+    partial: Tensor | None,
+) -> dict[str, Any]:  # fmt: skip
+    steps = [*_strides(x.q), *_strides(x.k), *_strides(x.v)]
+    # strides in units of up to 16 bytes, so that the compiler can vectorise also where a stride is
+    # no multiple of 16 elements
+    unit = math.gcd(16 // x.q.element_size(), *steps)
+    names = ("q_sb", "q_st", "q_sh", "k_sb", "k_st", "k_sh", "v_sb", "v_st", "v_sh")
+    softcap = pattern.softcap
+    slopes, table, mask = x.slopes, x.block_table, x.key_mask
+    return {
+        "q": x.q, "k": x.k, "v": x.v, "out": out, "lse": lse, "partial": partial,
+        "seqlens": x.seqlens, "block_table": table, "batch_idx": x.batch_idx,
+        "leftpad": x.leftpad, "key_mask": None if mask is None else mask.view(torch.uint8),
+        "alibi": slopes, "s_aux": x.s_aux,
+        **{name: step // unit for name, step in zip(names, steps, strict=True)},
+        "table_sb": 0 if table is None else table.stride(0),
+        "mask_sb": 0 if mask is None else mask.stride(0),
+        "alibi_sb": 0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+        "q_len": x.q.shape[1], "k_len": 0 if x.seqlens is not None else x.k.shape[1],
+        "window_left": pattern.window_left, "window_right": pattern.window_right,
+        "sink_tokens": pattern.sink_tokens,
+        "scale": pattern.scaling / softcap if softcap else pattern.scaling * LOG2E.value,
+        "softcap": softcap,
+        "G": x.q.shape[2] // x.k.shape[2], "D": x.q.shape[3], "DV": x.v.shape[3],
+        "BLOCK_D": padded(x.q.shape[3]), "BLOCK_DV": padded(x.v.shape[3]),
+        "BM": config.block_m, "BN": config.block_n,
+        "PAGE_SIZE": 0 if table is None else x.k.shape[1], "SPLITS": splits,
+        "HAS_LEFT": pattern.window_left >= 0, "HAS_RIGHT": pattern.window_right >= 0,
+        "HAS_SINKS": pattern.sink_tokens > 0 and pattern.window_left >= 0,
+        "HAS_SOFTCAP": softcap > 0, "VEC": unit,
+    }  # fmt: skip
+
+
+def _new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, q_len, heads_q, _ = q.shape
+    out = q.new_empty(batch, q_len, heads_q, v.shape[-1])
+    return out, q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; switching costs microseconds, so only where needed."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    return contextlib.nullcontext()
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, block_table: Tensor | None,
+    batch_idx: Tensor | None, leftpad: Tensor | None, key_mask: Tensor | None,
+    s_aux: Tensor | None, slopes: Tensor | None, scaling: float, left: int, right: int,
+    softcap: float, sink_tokens: int, num_splits: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out, lse = _new_outputs(q, v)
+    if out.shape[0] == 0 or out.shape[1] == 0:
+        return out, lse
+    slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
+    x = Cache(
+        q, k, v, seqlens, block_table, batch_idx, leftpad,
+        None if key_mask is None else key_mask.contiguous(),
+        None if s_aux is None else s_aux.contiguous(),
+        None if slopes is None else slopes.contiguous(),
+    )  # fmt: skip
+    pattern = Pattern(
+        scaling=scaling, window_left=left, window_right=right, softcap=softcap,
+        sink_tokens=sink_tokens,
+    )  # fmt: skip
+    chip, units = chip_of(q.device.type, q.device.index), processors(q.device)
+    with _on(q.device):
+        for launch in launches(x, pattern, num_splits, out, lse, chip, units):
+            launch.run()
+    return out, lse
+
+
+# A bare Library costs a third of what custom_op does at each call, and inference needs no autograd
+_LIBRARY = torch.library.Library("hf_attn", "FRAGMENT")
+_LIBRARY.define(
+    "decode(Tensor q, Tensor k, Tensor v, Tensor? seqlens, Tensor? block_table, Tensor? batch_idx, "
+    "Tensor? leftpad, Tensor? key_mask, Tensor? s_aux, Tensor? slopes, float scaling, int left, "
+    "int right, float softcap, int sink_tokens, int num_splits) -> (Tensor, Tensor)"
+)
+_LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("hf_attn::decode", lib=_LIBRARY)
+def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _new_outputs(q, v)

@@ -46,7 +46,7 @@ def _span(
         if HAS_KEY_MASK:
             col_ok = col_ok & (tl.load(key_mask + cols, mask=col_ok, other=0) != 0)
         LOAD_MASK: tl.constexpr = MASKED or HAS_KEY_MASK
-        k = load_rows(k_base, cols, stride_k, offs_d, col_ok, D, BLOCK_D, LOAD_MASK)
+        k = load_rows(k_base, n0, stride_k, offs_d, col_ok, BLOCK_N, D, BLOCK_D, LOAD_MASK)
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         s, _ = score_tile(
             qk, i, j, row_ok[:, None] & col_ok[None, :], bias_base, bias_stride_q, bias_stride_k,
@@ -78,7 +78,7 @@ def _span(
         if DROPOUT:
             kept = dropout_keep(seed, i, j, stream, keep_threshold)
             p = tl.where(kept, p * keep_scale, 0.0)
-        v = load_rows(v_base, cols, stride_v, offs_dv, col_ok, DV, BLOCK_DV, LOAD_MASK)
+        v = load_rows(v_base, n0, stride_v, offs_dv, col_ok, BLOCK_N, DV, BLOCK_DV, LOAD_MASK)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
         m = m_new
     return acc, m, l
@@ -122,7 +122,7 @@ def attention_forward_kernel(
     kv_head = (h // groups).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     q_base = Q + b64 * q_sb + q_start.to(tl.int64) * q_ss + h64 * q_sh
-    q = load_rows(q_base, rows, q_ss, offs_d, row_ok, D, BLOCK_D, True)
+    q = load_rows(q_base, first_row, q_ss, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
     k_base = K + b64 * k_sb + k_start.to(tl.int64) * k_ss + kv_head * k_sh
     v_base = V + b64 * v_sb + k_start.to(tl.int64) * v_ss + kv_head * v_sh
     bias_base = Bias + b64 * bias_sb + h64 * bias_sh

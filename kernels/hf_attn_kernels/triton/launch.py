@@ -61,18 +61,58 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class _Call:
-    """Arguments that all kernels of a call share."""
+class Launch:
+    """One kernel with its grid and arguments: run it, or compile it ahead of time."""
 
-    shape: Shape
-    tensors: dict[str, Tensor]
-    numbers: dict[str, Any]
-    flags: dict[str, Any]
+    kernel: str  # row of the tile table, or "delta"
+    fn: Any  # the triton.jit function
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def run(self) -> None:
+        if all(self.grid):
+            self.fn[self.grid](
+                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            )
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both directions take; the tensors of :class:`..problem.Problem`, checked."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s_aux: Tensor | None
+    slopes: Tensor | None  # [1 | B, Hq]
+    bias: Tensor | None
+    key_mask: Tensor | None
+    cu_q: Tensor | None
+    cu_k: Tensor | None
+    seed: Tensor | None
+    max_q: int
+    max_k: int
+    pattern: Pattern
+
+    @property
+    def shape(self) -> Shape:
+        return Shape.of(self.q, self.k, self.v, self.cu_q, self.max_q, self.max_k)
+
+
+def padded_dim(head_dim: int) -> int:
+    """The power of two that a tile of this head_dim takes; tl.dot needs 16 at least."""
+    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _strides(name: str, x: Tensor, packed: bool) -> dict[str, int]:
     batch, (seq, head) = (0, x.stride()[:2]) if packed else (x.stride(0), x.stride()[1:3])
     return {f"{name}_sb": batch, f"{name}_ss": seq, f"{name}_sh": head}
+
+
+def _batch_stride(x: Tensor, packed: bool) -> int:
+    return 0 if packed else x.stride(0)
 
 
 def _key_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,35 +125,30 @@ def _key_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
     return lo.to(torch.int32), hi.to(torch.int32)
 
 
-def _prepare(
-    q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, bias: Tensor | None,
-    key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None,
-    max_q: int, max_k: int, pattern: Pattern,
-) -> _Call:  # fmt: skip
-    shape = Shape.of(q, k, v, cu_q, max_q, max_k)
+def _shared_arguments(x: Inputs) -> dict[str, Any]:
+    """Arguments that all kernels but delta take."""
+    q, bias, pattern, shape = x.q, x.bias, x.pattern, x.shape
     keep_bias = bias is not None and bias.dtype == torch.bool
     bias_bytes = bias.view(torch.uint8) if bias is not None and keep_bias else bias
     # an absent tensor is never read; q stands in for its pointer
-    lo, hi = (q, q) if key_mask is None else _key_bounds(key_mask)
-    tensors = {
-        "Q": q, "K": k, "V": v,
-        "Slopes": q if slopes is None else slopes,
+    lo, hi = (q, q) if x.key_mask is None else _key_bounds(x.key_mask)
+    bias_strides = [0, 0, 0, 0]
+    if bias is not None:
+        bias_strides = [
+            0 if n == 1 else step for n, step in zip(bias.shape, bias.stride(), strict=True)
+        ]
+    return {
+        "Q": q, "K": x.k, "V": x.v,
+        "Slopes": q if x.slopes is None else x.slopes,
         "Bias": q if bias_bytes is None else bias_bytes,
-        "KeyMask": q if key_mask is None else key_mask.contiguous().view(torch.uint8),
+        "KeyMask": q if x.key_mask is None else x.key_mask.contiguous().view(torch.uint8),
         "KeyLo": lo, "KeyHi": hi,
-        "CuQ": q if cu_q is None else cu_q, "CuK": q if cu_k is None else cu_k,
-        "Seed": q if seed is None else seed,
-    }  # fmt: skip
-    bias_strides = (
-        [0 if size == 1 else step for size, step in zip(bias.shape, bias.stride(), strict=True)]
-        if bias is not None
-        else [0, 0, 0, 0]
-    )
-    numbers = {
-        **_strides("q", q, shape.packed), **_strides("k", k, shape.packed),
-        **_strides("v", v, shape.packed),
+        "CuQ": q if x.cu_q is None else x.cu_q, "CuK": q if x.cu_k is None else x.cu_k,
+        "Seed": q if x.seed is None else x.seed,
+        **_strides("q", q, shape.packed), **_strides("k", x.k, shape.packed),
+        **_strides("v", x.v, shape.packed),
         **dict(zip(("bias_sb", "bias_sh", "bias_sq", "bias_sk"), bias_strides, strict=True)),
-        "slopes_sb": 0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
+        "slopes_sb": 0 if x.slopes is None or x.slopes.shape[0] == 1 else x.slopes.stride(0),
         "heads_q": shape.heads_q, "groups": shape.heads_q // shape.heads_kv,
         "q_len": shape.q_len, "k_len": shape.k_len,
         "left": pattern.window_left, "right": pattern.window_right,
@@ -121,140 +156,160 @@ def _prepare(
         "softcap": pattern.softcap,
         "keep_threshold": int(pattern.dropout_p * 2**32),
         "keep_scale": 1.0 / (1.0 - pattern.dropout_p),
-    }  # fmt: skip
-    flags = {
         "PACKED": shape.packed, "HAS_LEFT": pattern.window_left >= 0,
         "HAS_RIGHT": pattern.window_right >= 0, "HAS_SINK_TOKENS": pattern.sink_tokens > 0,
-        "SOFTCAP": pattern.softcap > 0, "HAS_ALIBI": slopes is not None,
+        "SOFTCAP": pattern.softcap > 0, "HAS_ALIBI": x.slopes is not None,
         "BIAS": NO_BIAS if bias is None else (KEEP if keep_bias else ADDED),
-        "HAS_KEY_MASK": key_mask is not None, "DROPOUT": pattern.dropout_p > 0,
+        "HAS_KEY_MASK": x.key_mask is not None, "DROPOUT": pattern.dropout_p > 0,
         "D": shape.head_dim, "DV": shape.head_dim_v,
         "BLOCK_D": padded_dim(shape.head_dim), "BLOCK_DV": padded_dim(shape.head_dim_v),
         # float32 stays float32: TF32 would keep 10 bits of the mantissa
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
-    return _Call(shape, tensors, numbers, flags)
 
 
-def padded_dim(head_dim: int) -> int:
-    """The power of two that a tile of this head_dim takes; tl.dot needs 16 at least."""
-    return max(16, 1 << (head_dim - 1).bit_length())
+def _tiled(kernel: str, fn: Any, t: Tiles, grid: tuple[int, ...], args: dict[str, Any]) -> Launch:
+    args = {**args, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n}
+    return Launch(kernel, fn, grid, args, t.num_warps, t.num_stages)
+
+
+def _tiles_for(kernel: str, x: Inputs, chip: str) -> Tiles:
+    return tiles(kernel, chip, x.q.element_size(), max(x.shape.head_dim, x.shape.head_dim_v))
+
+
+def _blocks(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def forward_launch(x: Inputs, out: Tensor, lse: Tensor, chip: str) -> Launch:
+    """The forward kernel writing `out` and `lse`, with the tiles of `chip`."""
+    shape, t = x.shape, _tiles_for("forward", x, chip)
+    blocks_m = _blocks(shape.q_len, t.block_m)
+    lse_sb, lse_sh = shape.lse_strides(lse)
+    arguments = {
+        **_shared_arguments(x), "Out": out, "Lse": lse,
+        "SAux": x.q if x.s_aux is None else x.s_aux, "HAS_S_AUX": x.s_aux is not None,
+        "o_sb": _batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh,
+        "blocks_m": blocks_m,
+    }  # fmt: skip
+    grid = (blocks_m * shape.batch * shape.heads_q,)
+    return _tiled("forward", attention_forward_kernel, t, grid, arguments)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What the backward writes; dbias is float32 and None when nobody asks for it."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbias: Tensor | None
+
+
+def backward_launches(
+    x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor,
+    grads: Gradients, chip: str,
+) -> list[Launch]:  # fmt: skip
+    """delta, then dq, dk/dv and the bias's gradient; all tensors but q, k, v and bias contiguous."""
+    shape = x.shape
+    lse_sb, lse_sh = shape.lse_strides(lse)
+    rows = {"o_sb": _batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh}
+    shared = {**_shared_arguments(x), **rows, "DOut": dout, "Lse": lse, "Delta": delta}
+    launches = [_delta_launch(shared, shape, out, dlse)]
+
+    t = _tiles_for("dq", x, chip)
+    blocks_m = _blocks(shape.q_len, t.block_m)
+    arguments = {**shared, "DQ": grads.dq, "blocks_m": blocks_m}
+    arguments["dq_sb"] = _batch_stride(grads.dq, shape.packed)
+    launches.append(
+        _tiled("dq", dq_kernel, t, (blocks_m * shape.batch * shape.heads_q,), arguments)
+    )
+
+    t = _tiles_for("dkdv", x, chip)
+    blocks_n = _blocks(shape.k_len, t.block_n)
+    arguments = {**shared, "DK": grads.dk, "DV_": grads.dv, "blocks_n": blocks_n}
+    arguments["dk_sb"] = _batch_stride(grads.dk, shape.packed)
+    arguments["dv_sb"] = _batch_stride(grads.dv, shape.packed)
+    launches.append(
+        _tiled("dkdv", dkdv_kernel, t, (blocks_n * shape.batch * shape.heads_kv,), arguments)
+    )
+    if grads.dbias is not None:
+        launches.append(_bias_grad_launch(shared, x, grads.dbias, chip))
+    return launches
+
+
+def _delta_launch(
+    shared: dict[str, Any], shape: Shape, out: Tensor, dlse: Tensor | None
+) -> Launch:
+    block_m = 64
+    blocks_m = _blocks(shape.q_len, block_m)
+    names = (
+        "DOut", "Delta", "CuQ", "o_sb", "lse_sb", "lse_sh", "heads_q", "q_len", "PACKED", "DV",
+        "BLOCK_DV",
+    )  # fmt: skip
+    arguments = {name: shared[name] for name in names}
+    arguments |= {
+        "Out": out, "DLse": shared["Delta"] if dlse is None else dlse,
+        "HAS_DLSE": dlse is not None, "blocks_m": blocks_m, "BLOCK_M": block_m,
+    }  # fmt: skip
+    grid = (blocks_m * shape.batch * shape.heads_q,)
+    return Launch("delta", delta_kernel, grid, arguments, num_warps=4, num_stages=1)
+
+
+def _bias_grad_launch(shared: dict[str, Any], x: Inputs, dbias: Tensor, chip: str) -> Launch:
+    shape, t = x.shape, _tiles_for("bias_grad", x, chip)
+    bias_batch, bias_heads, bias_queries, max_k = dbias.shape
+    arguments = {name: value for name, value in shared.items() if name != "BIAS"}
+    arguments |= {
+        "DBias": dbias, "batch": shape.batch, "bias_batch": bias_batch, "bias_heads": bias_heads,
+        "bias_queries": bias_queries, "max_k": max_k,
+        "blocks_m": _blocks(shape.q_len, t.block_m),
+    }  # fmt: skip
+    own_blocks = 1 if bias_queries == 1 else _blocks(bias_queries, t.block_m)
+    grid = (_blocks(max_k, t.block_n), own_blocks, bias_batch * bias_heads)
+    return _tiled("bias_grad", bias_grad_kernel, t, grid, arguments)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _pick(kernel: str, q: Tensor, shape: Shape) -> Tiles:
-    chip = chip_of(q.device.type, q.device.index)
-    return tiles(kernel, chip, q.element_size(), max(shape.head_dim, shape.head_dim_v))
-
-
-def _options(t: Tiles, **names: int) -> dict[str, int]:
-    return {**names, "num_warps": t.num_warps, "num_stages": t.num_stages}
-
-
-def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, slopes: Tensor | None,
-    bias: Tensor | None, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
-    seed: Tensor | None, max_q: int, max_k: int, pattern: Pattern,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def run_forward(x: Inputs) -> tuple[Tensor, Tensor]:
     """Out, lse."""
-    call = _prepare(q, k, v, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
-    shape = call.shape
-    out, lse = shape.empty_outputs(q)
-    t = _pick("forward", q, shape)
-    blocks_m = -(-shape.q_len // t.block_m)
-    programs = blocks_m * shape.batch * shape.heads_q
-    if programs == 0:
-        return out, lse
-    lse_sb, lse_sh = shape.lse_strides(lse)
-    with _on(q.device):
-        attention_forward_kernel[(programs,)](
-            **call.tensors, Out=out, Lse=lse, SAux=q if s_aux is None else s_aux,
-            **call.numbers, o_sb=0 if shape.packed else out.stride(0), lse_sb=lse_sb,
-            lse_sh=lse_sh, blocks_m=blocks_m, **call.flags, HAS_S_AUX=s_aux is not None,
-            **_options(t, BLOCK_M=t.block_m, BLOCK_N=t.block_n),
-        )  # fmt: skip
+    out, lse = x.shape.empty_outputs(x.q)
+    with _on(x.q.device):
+        forward_launch(x, out, lse, chip_of(x.q.device.type, x.q.device.index)).run()
     return out, lse
 
 
-def launch_backward(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    s_aux: Tensor | None, slopes: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
-    cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
-    pattern: Pattern, bias_needs_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def run_backward(
+    x: Inputs, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_needs_grad: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dbias, ds_aux; the last two have 0 elements where not asked for."""
-    call = _prepare(q, k, v, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
-    shape = call.shape
-    new = torch.zeros if shape.packed else torch.empty
-    dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dbias = q.new_empty(0)
-    if bias is not None and bias_needs_grad:
-        dbias = torch.zeros(bias.shape, dtype=torch.float32, device=q.device)
+    # packed: tokens behind the last sequence belong to none, their gradient is 0
+    new = torch.zeros if x.shape.packed else torch.empty
+    dq, dk, dv = (new(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v))
+    dbias = None
+    if x.bias is not None and bias_needs_grad:
+        dbias = torch.zeros(x.bias.shape, dtype=torch.float32, device=x.q.device)
     delta = torch.zeros_like(lse)
-    dout = dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    lse_sb, lse_sh = shape.lse_strides(lse)
-    o_sb = 0 if shape.packed else out.stride(0)
-    rows = {"lse_sb": lse_sb, "lse_sh": lse_sh, "o_sb": o_sb}
-    shared = {**call.tensors, **call.numbers, **call.flags, **rows}
-    shared |= {"DOut": dout, "Lse": lse, "Delta": delta}
-    batch_of = (lambda x: 0) if shape.packed else (lambda x: x.stride(0))
-    with _on(q.device):
-        if shape.q_len and shape.batch:
-            _launch_delta(call, out, dout, dlse, delta, rows)
-            t = _pick("dq", q, shape)
-            blocks_m = -(-shape.q_len // t.block_m)
-            dq_kernel[(blocks_m * shape.batch * shape.heads_q,)](
-                **shared, DQ=dq, dq_sb=batch_of(dq), blocks_m=blocks_m,
-                **_options(t, BLOCK_M=t.block_m, BLOCK_N=t.block_n),
-            )  # fmt: skip
-        if shape.k_len and shape.batch:
-            t = _pick("dkdv", q, shape)
-            blocks_n = -(-shape.k_len // t.block_n)
-            dkdv_kernel[(blocks_n * shape.batch * shape.heads_kv,)](
-                **shared, DK=dk, DV_=dv, dk_sb=batch_of(dk), dv_sb=batch_of(dv),
-                blocks_n=blocks_n, **_options(t, BLOCK_M=t.block_m, BLOCK_N=t.block_n),
-            )  # fmt: skip
-        if dbias.numel():
-            _launch_bias_grad(call, shared, dbias, q)
-    ds_aux = q.new_empty(0)
-    if s_aux is not None:
-        # d lse / d s_aux is the weight of the sink, and its value is nothing: only delta is left
-        weight = torch.exp(s_aux.float()[:, None] - lse)
-        weight = torch.where(torch.isneginf(lse), 0.0, weight)
-        axes = 1 if shape.packed else (0, 2)
-        ds_aux = -(weight * delta).sum(dim=axes).to(s_aux.dtype)
-    if dbias.numel() and bias is not None:
-        dbias = dbias.to(bias.dtype)
-    return dq, dk, dv, dbias, ds_aux
-
-
-def _launch_delta(
-    call: _Call, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor, rows: dict[str, int]
-) -> None:
-    shape, block_m = call.shape, 64
-    blocks_m = -(-shape.q_len // block_m)
-    delta_kernel[(blocks_m * shape.batch * shape.heads_q,)](
-        Out=out, DOut=dout, DLse=delta if dlse is None else dlse, Delta=delta,
-        CuQ=call.tensors["CuQ"], **rows, blocks_m=blocks_m, heads_q=shape.heads_q,
-        q_len=shape.q_len, PACKED=shape.packed, HAS_DLSE=dlse is not None, DV=shape.head_dim_v,
-        BLOCK_DV=call.flags["BLOCK_DV"], BLOCK_M=block_m, num_warps=4,
+    launches = backward_launches(
+        x, out, lse, dout.contiguous(), dlse, delta, Gradients(dq, dk, dv, dbias),
+        chip_of(x.q.device.type, x.q.device.index),
     )  # fmt: skip
+    with _on(x.q.device):
+        for launch in launches:
+            launch.run()
+    empty = x.q.new_empty
+    ds_aux = empty(0) if x.s_aux is None else _sink_gradient(x.s_aux, lse, delta)
+    if dbias is not None and x.bias is not None:
+        return dq, dk, dv, dbias.to(x.bias.dtype), ds_aux
+    return dq, dk, dv, empty(0), ds_aux
 
 
-def _launch_bias_grad(call: _Call, shared: dict[str, Any], dbias: Tensor, q: Tensor) -> None:
-    shape = call.shape
-    t = _pick("bias_grad", q, shape)
-    bias_batch, bias_heads, bias_queries, max_k = dbias.shape
-    own_blocks = 1 if bias_queries == 1 else -(-bias_queries // t.block_m)
-    arguments = {name: value for name, value in shared.items() if name != "BIAS"}
-    grid = (-(-max_k // t.block_n), own_blocks, bias_batch * bias_heads)
-    bias_grad_kernel[grid](
-        **arguments, DBias=dbias, batch=shape.batch, bias_batch=bias_batch, bias_heads=bias_heads,
-        bias_queries=bias_queries, max_q=shape.q_len, max_k=max_k,
-        blocks_m=-(-shape.q_len // t.block_m), blocks_n=grid[0],
-        **_options(t, BLOCK_M=t.block_m, BLOCK_N=t.block_n),
-    )  # fmt: skip
+def _sink_gradient(s_aux: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """The sink has a weight but no value, so of the softmax's gradient only -weight * delta is left."""
+    weight = torch.exp(s_aux.float()[:, None] - lse)
+    weight = torch.where(torch.isneginf(lse), 0.0, weight)  # rows of no sequence
+    return -(weight * delta).sum(dim=1 if lse.dim() == 2 else (0, 2)).to(s_aux.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Pattern, Problem
-from .launch import Shape, launch_backward, launch_forward
+from .launch import Inputs, Shape, run_backward, run_forward
 
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -76,8 +76,8 @@ def attention_forward(
         sink_tokens=sink_tokens,
         dropout_p=dropout_p,
     )
-    return launch_forward(
-        q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern
+    return run_forward(
+        Inputs(q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
     )
 
 
@@ -126,10 +126,8 @@ def attention_backward(
         sink_tokens=sink_tokens,
         dropout_p=dropout_p,
     )
-    return launch_backward(
-        dout, dlse, out, lse, q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q,
-        max_k, pattern, bias_needs_grad,
-    )  # fmt: skip
+    x = Inputs(q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
+    return run_backward(x, dout, dlse, out, lse, bias_needs_grad)
 
 
 @attention_backward.register_fake
@@ -140,13 +138,12 @@ def _(
     scaling: float, left: int, right: int, softcap: float, sink_tokens: int, dropout_p: float,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none = q.new_empty(0)
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
-        bias.new_empty(bias.shape) if bias is not None and bias_needs_grad else none,
-        s_aux.new_empty(s_aux.shape) if s_aux is not None else none,
+        bias.new_empty(bias.shape) if bias is not None and bias_needs_grad else q.new_empty(0),
+        s_aux.new_empty(s_aux.shape) if s_aux is not None else q.new_empty(0),
     )
 
 

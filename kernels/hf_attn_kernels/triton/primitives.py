@@ -69,10 +69,16 @@ def key_ranges(
 
 @triton.jit
 def load_rows(
-    base, rows, stride, cols, row_ok, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr
+    base, first, stride, cols, row_ok, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """``[rows, BLOCK_D]`` tile of a row-major matrix; what is outside it reads as 0."""
-    ptrs = base + rows.to(tl.int64)[:, None] * stride + cols[None, :]
+    """``[ROWS, BLOCK_D]`` tile of a row-major matrix from row `first`; what is outside reads as 0.
+
+    The one 64-bit product is a scalar: offsets within a tile are small, and 32-bit ones cost half the
+    registers.
+    """
+    local = tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
+    ptrs = base + tl.cast(first, tl.int64) * stride + local
     if MASK_ROWS:
         if D == BLOCK_D:
             return tl.load(ptrs, mask=row_ok[:, None], other=0.0)

@@ -1,0 +1,1 @@
+def attention_with_cache(problem): raise NotImplementedError

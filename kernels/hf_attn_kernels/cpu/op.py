@@ -1,0 +1,189 @@
+"""The call as torch sees it: one opaque operator with a fake and a gradient.
+
+Without gradients and outside ``torch.compile`` it is skipped: its dispatch costs more than a decode
+step of a small model. Under ``torch.compile`` padding may stay data-dependent, because it is looked
+at inside the operator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..problem import Pattern, Problem
+from . import run
+from .context import sum_dtype
+from .plan import choose, traits_of
+from .tiling import Scoring
+from .work import dense_works, packed_works
+
+# arguments of the operators, in order: the tensors of a Problem, then the numbers of its Pattern
+_TENSORS = (
+    "q", "k", "v", "s_aux", "alibi_slopes", "bias", "key_padding_mask", "cu_seqlens_q",
+    "cu_seqlens_k", "dropout_seed",
+)  # fmt: skip
+_NUMBERS = ("scaling", "window_left", "window_right", "softcap", "sink_tokens", "dropout_p")
+
+
+def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+    """out ``[B, Q, Hq, Dv]`` (packed ``[Tq, Hq, Dv]``) and the natural log-sum-exp, float32,
+    ``[B, Hq, Q]`` (packed ``[Hq, Tq]``); differentiable."""
+    tensors = [getattr(problem, name) for name in _TENSORS]
+    if torch.compiler.is_compiling() or _needs_grad(tensors):
+        numbers = [getattr(problem.pattern, name) for name in _NUMBERS]
+        lengths = (problem.max_seqlen_q, problem.max_seqlen_k)
+        out, lse = cpu_attention(*tensors, *numbers, *lengths)
+    else:
+        out, lse = _forward(problem)
+    return out, lse.to(torch.float32)
+
+
+def _needs_grad(tensors: list[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    out, lse = run.forward(_call(problem), choose(traits_of(problem)).engine)
+    return (out[0], lse[0]) if problem.packed else (out, lse)
+
+
+def _call(problem: Problem) -> run.Call:
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.packed:
+        assert problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None
+        works = packed_works(problem.cu_seqlens_q, problem.cu_seqlens_k, q.shape[0])
+        q, k, v = q[None], k[None], v[None]
+    else:
+        works = dense_works(q.shape[0], q.shape[1], k.shape[1], problem.key_padding_mask)
+    slopes = problem.alibi_slopes
+    return run.Call(
+        q=q,
+        k=k,
+        v=v,
+        works=works,
+        scoring=Scoring(
+            pattern=problem.pattern,
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 2 else slopes[None],
+            bias=problem.bias,
+        ),
+        s_aux=problem.s_aux,
+        seed=0 if problem.dropout_seed is None else int(problem.dropout_seed),
+    )
+
+
+def _problem(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Problem:
+    return Problem(
+        **dict(zip(_TENSORS, tensors, strict=True)),
+        pattern=Pattern(**dict(zip(_NUMBERS, numbers[:-2], strict=True))),
+        max_seqlen_q=numbers[-2],
+        max_seqlen_k=numbers[-1],
+    )
+
+
+@torch.library.custom_op("hf_attn_kernels::cpu_attention", mutates_args=(), device_types="cpu")
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, alibi_slopes: Tensor | None,
+    bias: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, dropout_seed: Tensor | None, scaling: float, window_left: int,
+    window_right: int, softcap: float, sink_tokens: int, dropout_p: float, max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The forward; the log-sum-exp comes in the dtype of sums."""
+    tensors = (
+        q, k, v, s_aux, alibi_slopes, bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
+        dropout_seed,
+    )  # fmt: skip
+    numbers = (
+        scaling, window_left, window_right, softcap, sink_tokens, dropout_p, max_seqlen_q,
+        max_seqlen_k,
+    )  # fmt: skip
+    return _forward(_problem(tensors, numbers))
+
+
+@cpu_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    rows, heads = q.shape[:-2], q.shape[-2]
+    out = q.new_empty(*rows, heads, v.shape[-1])
+    return out, q.new_empty(*rows[:-1], heads, rows[-1], dtype=sum_dtype(q.dtype))
+
+
+@torch.library.custom_op("hf_attn_kernels::cpu_attention_grad", mutates_args=(), device_types="cpu")
+def cpu_attention_grad(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, alibi_slopes: Tensor | None,
+    bias: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None, dropout_seed: Tensor | None, scaling: float, window_left: int,
+    window_right: int, softcap: float, sink_tokens: int, dropout_p: float, max_seqlen_q: int,
+    max_seqlen_k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v, s_aux and bias; the last two are empty where there is none."""
+    tensors = (
+        q, k, v, s_aux, alibi_slopes, bias, key_padding_mask, cu_seqlens_q, cu_seqlens_k,
+        dropout_seed,
+    )  # fmt: skip
+    numbers = (
+        scaling, window_left, window_right, softcap, sink_tokens, dropout_p, max_seqlen_q,
+        max_seqlen_k,
+    )  # fmt: skip
+    problem = _problem(tensors, numbers)
+    rule = choose(traits_of(problem, bias_grad=bias_grad, lse_grad=grad_lse is not None))
+    if problem.packed:
+        out, lse, grad_out = out[None], lse[None], grad_out[None]
+        grad_lse = None if grad_lse is None else grad_lse[None]
+    g = run.backward(_call(problem), rule.engine, out, lse, grad_out, grad_lse, bias_grad)
+    dq, dk, dv = (g.q[0], g.k[0], g.v[0]) if problem.packed else (g.q, g.k, g.v)
+    nothing = q.new_empty(0)
+    return (
+        dq,
+        dk,
+        dv,
+        nothing if g.s_aux is None else g.s_aux,
+        q.new_empty(0) if g.bias is None else g.bias,
+    )
+
+
+@cpu_attention_grad.register_fake
+def _(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
+    q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, alibi_slopes: Tensor | None,
+    bias: Tensor | None, *others: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        q.new_empty(0) if s_aux is None else s_aux.new_empty(s_aux.shape),
+        bias.new_empty(bias.shape) if bias is not None and bias_grad else q.new_empty(0),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output, *inputs[: len(_TENSORS)])
+    ctx.numbers = inputs[len(_TENSORS) :]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    others = (None,) * (len(_TENSORS) - 6 + len(ctx.numbers))
+    if grad_out is None and grad_lse is None:
+        return (None,) * 6 + others
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out.contiguous()
+    needs = ctx.needs_input_grad
+    dq, dk, dv, ds_aux, dbias = cpu_attention_grad(
+        grad_out, grad_lse, out, lse, bool(needs[5]), *tensors, *ctx.numbers
+    )
+    return (
+        dq if needs[0] else None,
+        dk if needs[1] else None,
+        dv if needs[2] else None,
+        ds_aux if needs[3] else None,
+        None,
+        dbias if needs[5] else None,
+        *others,
+    )
+
+
+cpu_attention.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,113 @@
+"""Which engine serves a call: the first row of a table whose condition holds.
+
+The flash engine is PyTorch's own fused kernel; the matmul engine has every feature and is also the
+faster one where the fused kernel is not made for the dtype or the shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from ..problem import UNBOUNDED, Problem
+from .run import FLASH, MATMUL
+
+# keys from which a few queries are served faster by streaming tiles than by one fused call
+STREAM_KEYS = 2048
+# packed rows (queries times heads of a group) that still count as "a few"
+STREAM_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the choice depends on; made from a Problem, or by the cache's own entry."""
+
+    dtype: torch.dtype
+    head_dim: int
+    head_dim_v: int
+    keys: int
+    packed_rows: int  # queries * heads of a group
+    softcap: bool = False
+    dropout: bool = False
+    bias_grad: bool = False
+    lse_grad: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    engine: str
+    why: str
+    holds: Callable[[Traits], bool]
+
+
+@cache
+def has_bfloat16_tiles() -> bool:
+    """Whether the fused kernel runs bfloat16 on tile instructions (AMX) rather than as float32."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe()) if probe is not None else False
+
+
+RULES = (
+    Rule(MATMUL, "softcap", lambda t: t.softcap),
+    Rule(MATMUL, "dropout", lambda t: t.dropout),
+    Rule(MATMUL, "gradient of the bias", lambda t: t.bias_grad),
+    Rule(MATMUL, "gradient of the log-sum-exp", lambda t: t.lse_grad),
+    Rule(MATMUL, "head_dim of v differs", lambda t: t.head_dim != t.head_dim_v),
+    Rule(
+        MATMUL,
+        "few queries, long keys: streamed tiles",
+        lambda t: t.keys >= STREAM_KEYS and t.packed_rows <= STREAM_ROWS,
+    ),
+    Rule(MATMUL, "float16 runs as float32", lambda t: t.dtype == torch.float16),
+    Rule(
+        MATMUL,
+        "bfloat16 without AMX",
+        lambda t: t.dtype == torch.bfloat16 and not has_bfloat16_tiles() and t.packed_rows >= 32,
+    ),
+    Rule(FLASH, "PyTorch's fused kernel", lambda t: True),
+)
+
+
+def choose(traits: Traits) -> Rule:
+    return next(rule for rule in RULES if rule.holds(traits))
+
+
+def traits_of(problem: Problem, *, bias_grad: bool = False, lse_grad: bool = False) -> Traits:
+    q, k = problem.q, problem.k
+    queries = problem.max_seqlen_q if problem.packed else q.shape[1]
+    keys = problem.max_seqlen_k if problem.packed else k.shape[1]
+    left = problem.pattern.window_left
+    if left != UNBOUNDED:  # what a query reads, not what there is
+        keys = min(keys, left + queries + problem.pattern.sink_tokens)
+    return Traits(
+        dtype=q.dtype,
+        head_dim=q.shape[-1],
+        head_dim_v=problem.v.shape[-1],
+        keys=keys,
+        packed_rows=queries * (q.shape[-2] // k.shape[-2]),
+        softcap=problem.pattern.softcap > 0,
+        dropout=problem.pattern.dropout_p > 0,
+        bias_grad=bias_grad,
+        lse_grad=lse_grad,
+    )
+
+
+def plan(problem: Problem) -> str:
+    """The path a forward call takes, in words: what it is and which engine, with the reason."""
+    p = problem.pattern
+    rule = choose(traits_of(problem))
+    if p.window_left != UNBOUNDED or p.window_right > 0:
+        shape = f"window ({p.window_left}, {p.window_right})"
+    elif p.window_right == 0:
+        shape = "causal"
+    else:
+        shape = "full"
+    parts = [shape]
+    if problem.packed:
+        parts.append("sequence by sequence")
+    elif problem.key_padding_mask is not None:
+        parts.append("row by row")
+    return f"{', '.join(parts)}: {rule.engine} ({rule.why})"

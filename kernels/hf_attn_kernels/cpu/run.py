@@ -1,0 +1,156 @@
+"""A whole call: every piece of work, block by block, forward and backward.
+
+Shape letters as in :mod:`..problem`. Packed batches come as dense ones of a single row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import flash, matmul
+from .context import Context, sum_dtype
+from .tiling import Block, Scoring
+from .work import Work
+
+FLASH, MATMUL = "flash", "matmul"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """Checked tensors of one call, as a dense batch."""
+
+    q: Tensor  # [B, Q, Hq, D]
+    k: Tensor  # [B, K, Hkv, D]
+    v: Tensor  # [B, K, Hkv, Dv]
+    works: list[Work]
+    scoring: Scoring
+    s_aux: Tensor | None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Gradients:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s_aux: Tensor | None
+    bias: Tensor | None
+
+
+def forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
+    """out ``[B, Q, Hq, Dv]`` and lse ``[B, Hq, Q]`` in the dtype of sums, both contiguous."""
+    batch, length, heads, _ = call.q.shape
+    dtype = sum_dtype(call.q.dtype)
+    ctx = Context(scoring=call.scoring, dtype=dtype, seed=call.seed)
+    out = call.q.new_empty(batch, length, heads, call.v.shape[-1])
+    lse = call.q.new_empty(batch, heads, length, dtype=dtype)
+    run = flash.forward if engine == FLASH else matmul.forward
+    for work in _split(call, engine):
+        q = call.q[work.rows, work.queries]
+        k, v = work.select_keys(call.k), work.select_keys(call.v)
+        for block in _blocks(call, work, engine):
+            part = slice(work.queries.start + block.q0, work.queries.start + block.q1)
+            if not block.tiles:
+                out[work.rows, part] = 0.0
+                lse[work.rows, :, part] = float("-inf")
+                continue
+            o, ell = run(ctx, work, block, q[:, block.q0 : block.q1], k, v)
+            if call.s_aux is not None:
+                o, ell = _with_sink(o, ell, call.s_aux)
+            out[work.rows, part] = o.transpose(1, 2)
+            lse[work.rows, :, part] = ell
+    if call.s_aux is not None:  # rows without keys still have the sink in their denominator
+        lse = torch.where(torch.isneginf(lse), call.s_aux.to(dtype)[:, None], lse)
+    return out, lse
+
+
+def backward(
+    call: Call, engine: str, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None,
+    bias_needs_grad: bool,
+) -> Gradients:  # fmt: skip
+    """Gradients from the forward's results; every tile is computed again.
+
+    Args:
+        grad_out: ``[B, Q, Hq, Dv]``; grad_lse: ``[B, Hq, Q]`` or None. A gradient of the
+            log-sum-exp needs the matmul engine.
+    """
+    dtype = sum_dtype(call.q.dtype)
+    ctx = Context(scoring=call.scoring, dtype=dtype, seed=call.seed)
+    delta = torch.einsum("bqhd,bqhd->bhq", grad_out.to(dtype), out.to(dtype))
+    if grad_lse is not None:
+        assert engine == MATMUL
+        delta = delta - grad_lse
+    grad_s_aux = None
+    if call.s_aux is not None:
+        share = (call.s_aux.to(dtype)[:, None] - lse).exp()
+        grad_s_aux = -(share * delta).sum(dim=(0, 2)).to(call.s_aux.dtype)
+    bias = call.scoring.bias
+    grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and bias_needs_grad else None
+    grad_q = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
+    grad_k = torch.zeros(call.k.shape, dtype=dtype)
+    grad_v = torch.zeros(call.v.shape, dtype=dtype)
+    lse = lse.masked_fill(torch.isneginf(lse), float("inf"))  # exp(s - inf) = 0: no gradient there
+    for work in _split(call, engine):
+        q, o, do = (x[work.rows, work.queries] for x in (call.q, out, grad_out))
+        k, v = work.select_keys(call.k), work.select_keys(call.v)
+        dk, dv = grad_k[work.key_rows, work.keys], grad_v[work.key_rows, work.keys]
+        if work.positions is not None:
+            dk, dv = torch.zeros(k.shape, dtype=dtype), torch.zeros(v.shape, dtype=dtype)
+        ell, dl = lse[work.rows, :, work.queries], delta[work.rows, :, work.queries]
+        for block in _blocks(call, work, engine):
+            if not block.tiles:
+                continue
+            i = slice(block.q0, block.q1)
+            if engine == FLASH:
+                dq = flash.backward(
+                    ctx, work, block, q[:, i], k, v, o[:, i], ell[:, :, i], do[:, i], dk, dv
+                )
+            else:
+                dq = matmul.backward(
+                    ctx, work, block, q[:, i], k, v, ell[:, :, i], dl[:, :, i], do[:, i], dk, dv,
+                    grad_bias,
+                )  # fmt: skip
+            grad_q[work.rows, work.queries][:, i] = dq
+        if work.positions is not None:
+            for whole, part in ((grad_k, dk), (grad_v, dv)):
+                whole[work.key_rows, work.keys].index_add_(1, work.positions, part)
+    return Gradients(
+        q=grad_q,
+        k=grad_k.to(call.k.dtype),
+        v=grad_v.to(call.v.dtype),
+        s_aux=grad_s_aux,
+        bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _blocks(call: Call, work: Work, engine: str) -> Iterator[Block]:
+    groups = call.q.shape[2] // call.k.shape[2]
+    if engine == FLASH:
+        return flash.blocks(work, call.scoring, groups)
+    return matmul.blocks(work, call.scoring, groups, call.k.shape[2])
+
+
+def _split(call: Call, engine: str) -> Iterator[Work]:
+    """The pieces; for matmuls long queries row by row, so that a tile of scores stays small."""
+    for work in call.works:
+        if engine == FLASH or work.row_count == 1 or work.query_count < 16:
+            yield work
+            continue
+        for row in range(work.row_count):
+            yield replace(
+                work,
+                rows=slice(work.rows.start + row, work.rows.start + row + 1),
+                key_rows=slice(work.key_rows.start + row, work.key_rows.start + row + 1),
+                number=work.number + row,
+            )
+
+
+def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:
+    """One more logit per head in the denominator: out ``[b, Hq, m, Dv]``, lse ``[b, Hq, m]``."""
+    total = torch.logaddexp(lse, s_aux.to(lse.dtype)[:, None])
+    safe = total.masked_fill(torch.isneginf(total), 0.0)
+    return out.to(lse.dtype) * (lse - safe).exp()[..., None], total

@@ -1,0 +1,254 @@
+"""The decode kernels: one split of the keys of one KV head, and the combination of the splits.
+
+Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, D / DV head_dim of q, k / v,
+S splits, BM / BN tile rows / keys. Scores and log-sum-exps are base 2 inside.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# a split's result is one record [DV outputs, log-sum-exp, padding to 16 bytes] of float32
+RECORD_TAIL = tl.constexpr(4)
+
+
+@triton.jit
+def softcap_tanh(x):
+    """tanh from exp2; a short series near 0, where 1 - exp2(...) would cancel."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    square = x * x
+    near = x * (1.0 + square * (-0.3333333333 + square * 0.1333333333))
+    return tl.where(square < 0.0025, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def tile_keys(
+    step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi,
+    HAS_SINKS: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Of the step-th tile: its first key, key positions ``[BN]``, and the same moved to keys that some row sees.
+
+    What no row sees is never read: it may be a freed page, or hold anything.
+    """
+    tile = first_tile + step - sink_tiles
+    if HAS_SINKS:
+        tile = tl.where(step < sink_tiles, sink_first + step, tile)
+    n = tile * BN + tl.arange(0, BN)
+    at = tl.minimum(tl.maximum(n, lo), hi - 1)
+    if HAS_SINKS:
+        at = tl.where(n < sink_end, tl.maximum(n, start), at)
+    return tile * BN, n, at
+
+
+@triton.jit(do_not_specialize=["k_len", "window_left", "window_right", "sink_tokens"])
+def decode_kernel(
+    q, k, v, out, lse, partial,
+    seqlens, block_table, batch_idx, leftpad, key_mask, alibi, s_aux,
+    q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, table_sb, mask_sb, alibi_sb,
+    q_len, k_len, window_left, window_right, sink_tokens, scale, softcap,
+    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """Grid (S * tiles of Q * G rows, Hkv, B).
+
+    Strides of q, k and v come in units of VEC elements, so that the compiler knows the alignment of a
+    row also where it is no multiple of 16. `scale` turns a dot product into a base-2 score, or with
+    HAS_SOFTCAP into the argument of the tanh.
+    """
+    split = tl.program_id(0) % SPLITS
+    m0 = (tl.program_id(0) // SPLITS) * BM
+    head_kv = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+
+    m = m0 + tl.arange(0, BM)  # [BM] row = token * G + head of the group
+    row_ok = m < q_len * G
+    token = m // G
+    head = head_kv * G + m % G
+    d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
+
+    kv_len = k_len if seqlens is None else tl.load(seqlens + b)
+    start = 0 if leftpad is None else tl.load(leftpad + b)
+    diagonal = kv_len - q_len  # token i sits at key position i + diagonal
+    first_token = m0 // G
+    last_token = tl.minimum((m0 + BM - 1) // G, q_len - 1)
+
+    # keys [lo, hi) some row of this tile sees through its window, and [start, sink_end) as sinks
+    lo = start
+    hi = kv_len
+    if HAS_LEFT:
+        lo = tl.maximum(lo, first_token + diagonal - window_left)
+    if HAS_RIGHT:
+        hi = tl.minimum(hi, last_token + diagonal + window_right + 1)
+    first_tile = lo // BN
+    tiles = tl.where(hi > lo, tl.cdiv(hi, BN) - first_tile, 0)
+    sink_tiles = 0
+    sink_first = 0
+    sink_end = 0
+    if HAS_SINKS:
+        sink_end = tl.minimum(start + sink_tokens, hi)
+        sink_first = start // BN
+        sink_tiles = tl.minimum(tl.cdiv(sink_end, BN), first_tile) - sink_first
+        sink_tiles = tl.where(hi > lo, tl.maximum(sink_tiles, 0), 0)
+    # keys that every row sees: such tiles need no mask
+    all_lo = start
+    all_hi = kv_len
+    if HAS_LEFT:
+        all_lo = tl.maximum(all_lo, last_token + diagonal - window_left)
+    if HAS_RIGHT:
+        all_hi = tl.minimum(all_hi, first_token + diagonal + window_right + 1)
+
+    # [BM, BLOCK_D]
+    q_at = q + b * (q_sb * VEC) + token.to(tl.int64)[:, None] * (q_st * VEC)
+    q_at += head[:, None] * (q_sh * VEC) + d[None, :]
+    queries = tl.load(q_at, mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
+    if alibi is not None:
+        slope = tl.load(alibi + b * alibi_sb + head, mask=row_ok, other=0.0) * LOG2E
+    row = b if batch_idx is None else tl.load(batch_idx + b).to(tl.int64)
+    k_base = k + head_kv.to(tl.int64) * (k_sh * VEC)
+    v_base = v + head_kv.to(tl.int64) * (v_sh * VEC)
+    if PAGE_SIZE == 0:
+        k_base += row * (k_sb * VEC)
+        v_base += row * (v_sb * VEC)
+
+    top = tl.full([BM], float("-inf"), tl.float32)  # running maximum
+    total = tl.zeros([BM], tl.float32)  # running sum of exp2(score - top)
+    acc = tl.zeros([BM, BLOCK_DV], tl.float32)
+    per_split = tl.cdiv(tiles + sink_tiles, SPLITS)
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, tiles + sink_tiles)
+    # The next tile's page numbers travel with the loop. Loaded where they are used they would take
+    # the pipeline's stages, and leave K and V none to be loaded ahead in.
+    table = block_table + b * table_sb if PAGE_SIZE > 0 else block_table
+    pages = 0
+    if PAGE_SIZE > 0:
+        n0, _, at = tile_keys(
+            begin, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
+        )
+        # tiles start at multiples of BN: one of these lies in one page
+        where = n0 if PAGE_SIZE % BN == 0 else at
+        pages = tl.load(table + where // PAGE_SIZE, mask=begin < end, other=0)
+    for step in tl.range(begin, end):
+        n0, n, at = tile_keys(
+            step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
+        )
+        if PAGE_SIZE == 0:
+            k_off = at.to(tl.int64) * (k_st * VEC)
+            v_off = at.to(tl.int64) * (v_st * VEC)
+        else:
+            page = pages.to(tl.int64)
+            k_off = page * (k_sb * VEC) + (at % PAGE_SIZE) * (k_st * VEC)
+            v_off = page * (v_sb * VEC) + (at % PAGE_SIZE) * (v_st * VEC)
+            next_n0, _, next_at = tile_keys(
+                tl.minimum(step + 1, end - 1), first_tile, sink_tiles, sink_first, start, sink_end,
+                lo, hi, HAS_SINKS, BN,
+            )  # fmt: skip
+            next_where = next_n0 if PAGE_SIZE % BN == 0 else next_at
+            pages = tl.load(table + next_where // PAGE_SIZE)
+
+        # [BN, BLOCK_D]
+        if BLOCK_D == D:
+            keys = tl.load(k_base + k_off[:, None] + d[None, :])
+        else:
+            keys = tl.load(k_base + k_off[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [BM, BN]
+        if HAS_SOFTCAP:
+            scores = softcap_tanh(scores * scale) * (softcap * LOG2E)
+        else:
+            scores = scores * scale
+        if alibi is not None:
+            distance = tl.abs(token[:, None] + diagonal - n[None, :])
+            scores -= slope[:, None] * distance.to(tl.float32)
+        if key_mask is not None:
+            kept = tl.load(key_mask + b * mask_sb + at) != 0  # [BN]
+            scores = tl.where(kept[None, :], scores, float("-inf"))
+        if (n0 < all_lo) | (n0 + BN > all_hi):
+            position = token + diagonal
+            seen = (n[None, :] >= start) & (n[None, :] < kv_len)
+            if HAS_LEFT:
+                in_window = n[None, :] >= position[:, None] - window_left
+                if HAS_SINKS:
+                    in_window = in_window | (n[None, :] < sink_end)
+                seen = seen & in_window
+            if HAS_RIGHT:
+                seen = seen & (n[None, :] <= position[:, None] + window_right)
+            scores = tl.where(seen, scores, float("-inf"))
+
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)  # rows that saw nothing so far
+        weights = tl.exp2(scores - shift[:, None])
+        fade = tl.exp2(top - shift)
+        total = total * fade + tl.sum(weights, 1)
+        top = higher
+
+        # [BN, BLOCK_DV]
+        v_at = v_base + v_off[:, None] + dv[None, :]
+        if key_mask is not None:  # 0 * NaN is NaN: what is masked away must not be read
+            values = tl.load(v_at, mask=kept[:, None] & (dv[None, :] < DV), other=0.0)
+        elif BLOCK_DV == DV:
+            values = tl.load(v_at)
+        else:
+            values = tl.load(v_at, mask=dv[None, :] < DV, other=0.0)
+        acc = acc * fade[:, None]
+        acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
+
+    # [BM] row of the outputs [B, Q, Hq, DV]
+    heads = tl.num_programs(1) * G
+    o_row = (b * q_len + token) * heads + head
+    if SPLITS == 1:
+        if s_aux is not None:
+            extra = tl.load(s_aux + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
+            higher = tl.maximum(top, extra)
+            total = total * tl.exp2(top - higher) + tl.exp2(extra - higher)
+            acc = acc * tl.exp2(top - higher)[:, None]
+            top = higher
+    # normalised here too, so that the reduce needs the log-sum-exp alone
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    row_lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+    o_mask = row_ok[:, None] & (dv[None, :] < DV)
+    if SPLITS == 1:
+        tl.store(out + o_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), o_mask)
+        lse_row = (b * heads + head) * q_len + token
+        tl.store(lse + lse_row, row_lse * LN2, row_ok)
+    else:
+        record = partial + (o_row * SPLITS + split) * (DV + RECORD_TAIL)
+        tl.store(record[:, None] + dv[None, :], result, o_mask)
+        tl.store(record + DV, row_lse, row_ok)
+
+
+@triton.jit
+def reduce_kernel(
+    partial, s_aux, out, lse, q_len, heads,
+    DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Grid (rows of [B, Q, Hq], DV / BLOCK_C): combine the splits of one row, and its extra logit."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = tl.arange(0, BLOCK_S)
+    head = row % heads
+    record = partial + (row * SPLITS + s) * (DV + RECORD_TAIL)  # [BLOCK_S]
+    split_lse = tl.load(record + DV, mask=s < SPLITS, other=float("-inf"))
+    top = tl.max(split_lse, 0)
+    if s_aux is not None:
+        extra = tl.load(s_aux + head).to(tl.float32) * LOG2E
+        top = tl.maximum(top, extra)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    weights = tl.exp2(split_lse - shift)
+    total = tl.sum(weights, 0)
+    if s_aux is not None:
+        total += tl.exp2(extra - shift)
+    # [BLOCK_S, BLOCK_C]; a split that saw nothing weighs 0 and may not add 0 * NaN
+    wanted = (split_lse > float("-inf"))[:, None] & (column[None, :] < DV)
+    pieces = tl.load(record[:, None] + column[None, :], mask=wanted, other=0.0)
+    result = tl.sum(pieces * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(out + row * DV + column, result.to(out.dtype.element_ty), mask=column < DV)
+    if tl.program_id(1) == 0:
+        b = row // heads // q_len
+        token = row // heads % q_len
+        row_lse = tl.where(total == 0.0, float("-inf"), shift + tl.log2(total))
+        tl.store(lse + (b * heads + head) * q_len + token, row_lse * LN2)
