@@ -157,7 +157,7 @@ def _one(
     dead = torch.isneginf(scores).all(dim=-1)
     scores = scores.masked_fill(dead[..., None], 0.0)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse[..., None])[..., :k_len].masked_fill(dead[..., None], 0.0)
+    weights = torch.softmax(scores, dim=-1)[..., :k_len].masked_fill(dead[..., None], 0.0)
     lse = lse.masked_fill(dead, float("-inf"))
     if dropout_p:
         kept = torch.from_numpy(_dropout_keep(dropout_seed, b, heads_q, q_len, k_len, dropout_p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +20,18 @@ class Context:
     dtype: torch.dtype  # of sums: float64 for float64, else float32
     seed: int = 0  # of dropout
     masks: Masks = field(init=False)
+    _buffers: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "masks", Masks(self.scoring, self.dtype))
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory that the next tile uses again: fresh pages cost more than the copy."""
+        count = math.prod(shape)
+        whole = self._buffers.get(name)
+        if whole is None or whole.numel() < count or whole.dtype != dtype:
+            whole = self._buffers[name] = torch.empty(count, dtype=dtype)
+        return whole[:count].view(shape)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..problem import UNBOUNDED
 from .context import Context, combine
 from .masks import Mask
+from .pages import Keys
 from .tiling import Block, Kind, Scoring, causal_blocks, query_blocks
 from .work import Work
 
@@ -49,7 +50,7 @@ def blocks(work: Work, scoring: Scoring, groups: int) -> Iterator[Block]:
 
 
 def forward(
-    ctx: Context, work: Work, block: Block, q: Tensor, k: Tensor, v: Tensor
+    ctx: Context, work: Work, block: Block, q: Tensor, k: Keys, v: Keys
 ) -> tuple[Tensor, Tensor]:
     """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hq, m, D]``, lse ``[b, Hq, m]``."""
     assert block.tiles  # a block that sees nothing is the caller's

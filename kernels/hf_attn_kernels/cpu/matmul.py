@@ -19,21 +19,24 @@ from torch import Tensor
 from . import philox
 from .context import Context
 from .masks import bias_tile
+from .pages import Keys, read_range
 from .tiling import Block, Scoring, Tile, query_blocks
 from .work import Work
 
 # elements of one tile's scores, all heads together: what stays in a core's second-level cache or near
 SCORE_ELEMENTS = 2**20
-# rows of a packed matmul that a block aims at, and keys of a tile
+# elements of keys or values that are converted together
+SLAB_ELEMENTS = 2**20
+# rows of a packed matmul that a block aims at, and least keys of a tile
 PACKED_ROWS = 256
-TILE_KEYS = 1024
+TILE_KEYS = 512
 
 
 def blocks(work: Work, scoring: Scoring, groups: int, heads_kv: int) -> Iterator[Block]:
     lead = work.row_count * heads_kv
     rows = max(PACKED_ROWS // groups, 16)
     rows = min(rows, work.query_count or 1)
-    keys = min(max(SCORE_ELEMENTS // (lead * groups * rows), 256), TILE_KEYS)
+    keys = max(SCORE_ELEMENTS // (lead * groups * rows), TILE_KEYS)
     return query_blocks(work, scoring, rows=rows, tile_keys=keys)
 
 
@@ -46,19 +49,17 @@ class _Scores:
 
 
 def forward(
-    ctx: Context, work: Work, block: Block, q: Tensor, k: Tensor, v: Tensor
+    ctx: Context, work: Work, block: Block, q: Tensor, k: Keys, v: Keys
 ) -> tuple[Tensor, Tensor]:
     """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hq, m, Dv]``, lse ``[b, Hq, m]``,
     both in the dtype of sums."""
     assert block.tiles  # a block that sees nothing is the caller's
     batch, m, heads, _ = q.shape
     heads_kv = k.shape[2]
-    rows = _packed(q, heads_kv, ctx.dtype)  # [N, G * m, D]
-    value_dtype = torch.bfloat16 if v.dtype == torch.bfloat16 else ctx.dtype
+    rows = _packed(q, heads_kv, ctx.dtype) * ctx.scoring.pattern.scaling  # [N, G * m, D]
     acc = peak = total = None
     for tile in block.tiles:
-        s = _scores(ctx, work, block, tile, rows, _keys_of(tile, k, ctx.dtype), q.shape).scores
-        values = _keys_of(tile, v, value_dtype)
+        s = _scores(ctx, work, block, tile, rows, k, q.shape).scores
         high = s.amax(dim=-1, keepdim=True)  # [N, G * m, 1]
         if peak is not None:
             high = torch.maximum(high, peak)
@@ -67,7 +68,7 @@ def forward(
         share = p.sum(dim=-1, keepdim=True)
         if ctx.scoring.pattern.dropout_p:
             p *= _dropout(ctx, work, block, tile, q.shape, heads_kv)
-        part = torch.bmm(p.to(value_dtype), values).to(ctx.dtype)  # [N, G * m, Dv]
+        part = _times_values(ctx, tile, p, v)  # [N, G * m, Dv]
         if acc is None or total is None or peak is None:
             acc, total = part, share
         else:
@@ -104,12 +105,13 @@ def backward(
     heads_kv = k.shape[2]
     lead, packed = batch * heads_kv, heads // heads_kv * m
     scaling = ctx.scoring.pattern.scaling
-    rows, grad_rows = _packed(q, heads_kv, ctx.dtype), _packed(grad_out, heads_kv, ctx.dtype)
+    rows = _packed(q, heads_kv, ctx.dtype) * scaling
+    grad_rows = _packed(grad_out, heads_kv, ctx.dtype)
     lse, delta = lse.reshape(lead, packed, 1), delta.reshape(lead, packed, 1)
     grad_q = torch.zeros_like(rows)
     for tile in block.tiles:
-        keys, values = _keys_of(tile, k, ctx.dtype), _keys_of(tile, v, ctx.dtype)
-        made = _scores(ctx, work, block, tile, rows, keys, q.shape)
+        made = _scores(ctx, work, block, tile, rows, k, q.shape)
+        keys, values = (_heads_first(tile.read(x), ctx.dtype) for x in (k, v))
         p = made.scores.sub_(lse).exp_()
         dp = torch.bmm(grad_rows, values.transpose(1, 2))
         kept = p
@@ -123,8 +125,7 @@ def backward(
             _add_bias_grad(grad_bias, ds.view(batch, heads, m, -1), work, block, tile)
         if made.slope is not None:
             ds *= made.slope
-        ds *= scaling
-        grad_q.baddbmm_(ds, keys)
+        grad_q.baddbmm_(ds, keys, alpha=scaling)
         tile.add_to(grad_k, _unpacked_keys(torch.bmm(ds.transpose(1, 2), rows), batch))
         tile.add_to(grad_v, _unpacked_keys(dv, batch))
     return grad_q.view(batch, heads, m, dim).transpose(1, 2)
@@ -136,12 +137,44 @@ def _packed(x: Tensor, heads_kv: int, dtype: torch.dtype) -> Tensor:
     return x.transpose(1, 2).to(dtype).reshape(batch * heads_kv, heads // heads_kv * m, dim)
 
 
-def _keys_of(tile: Tile, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tile's keys or values, heads first and contiguous: ``[N, n, D]``."""
-    part = tile.read(x).transpose(1, 2)
+def _heads_first(part: Tensor, dtype: torch.dtype, copy: Tensor | None = None) -> Tensor:
+    """``[b, n, Hkv, D]`` -> ``[N, n, D]``, dense in each head; `copy` is where a copy may go."""
+    part = part.transpose(1, 2)
     batch, heads, n, dim = part.shape
-    copy = torch.empty(batch, heads, n, dim, dtype=dtype)
-    return copy.copy_(part).view(batch * heads, n, dim)
+    if copy is None:
+        return part.to(dtype).reshape(batch * heads, n, dim)
+    return copy[: part.numel()].view(part.shape).copy_(part).view(batch * heads, n, dim)
+
+
+def _slab(x: Keys, lead: int) -> int:
+    """Keys that are converted together, so that the copy is still in the cache when it is read."""
+    return max(SLAB_ELEMENTS // (lead * x.shape[-1]), 16)
+
+
+def _lies_heads_first(v: Keys, dtype: torch.dtype) -> bool:
+    """Whether a range of values can be multiplied where it lies: ``[b, n, Hkv, D]`` as N matrices."""
+    if not isinstance(v, Tensor) or v.dtype != dtype or v.stride(1) != v.shape[3]:
+        return False
+    return v.shape[0] == 1 or v.stride(0) == v.shape[2] * v.stride(2)
+
+
+def _times_values(ctx: Context, tile: Tile, p: Tensor, v: Keys) -> Tensor:
+    """``[N, G * m, n]`` weights times the tile's values: ``[N, G * m, Dv]`` in the dtype of sums."""
+    if v.dtype == torch.bfloat16:
+        p = ctx.buffer("weights", tuple(p.shape), v.dtype).copy_(p)
+    lead, dim = p.shape[0], v.shape[-1]
+    in_place = _lies_heads_first(v, p.dtype)
+    most = tile.key_count if in_place else _slab(v, lead)
+    out: Tensor | None = None
+    for place, k0, k1 in tile.slabs(most):
+        copy = None
+        if not in_place:
+            copy = ctx.buffer("values", (lead * min(most, k1 - k0) * dim,), p.dtype)
+        values = _heads_first(read_range(v, k0, k1), p.dtype, copy)
+        part = torch.bmm(p[..., place : place + k1 - k0], values).to(ctx.dtype)
+        out = part if out is None else out.add_(part)
+    assert out is not None
+    return out
 
 
 def _unpacked_keys(x: Tensor, batch: int) -> Tensor:
@@ -150,17 +183,24 @@ def _unpacked_keys(x: Tensor, batch: int) -> Tensor:
 
 
 def _scores(
-    ctx: Context, work: Work, block: Block, tile: Tile, rows: Tensor, keys: Tensor, shape: torch.Size
+    ctx: Context, work: Work, block: Block, tile: Tile, rows: Tensor, k: Keys, shape: torch.Size
 ) -> _Scores:
-    p = ctx.scoring.pattern
-    s = torch.bmm(rows, keys.transpose(1, 2))
+    """rows ``[N, G * m, D]`` are scaled already."""
+    lead, dim = rows.shape[0], rows.shape[2]
+    s = ctx.buffer("scores", (lead, rows.shape[1], tile.key_count), ctx.dtype)
+    most = _slab(k, lead)
+    for place, k0, k1 in tile.slabs(most):
+        copy = ctx.buffer("keys", (lead * min(most, k1 - k0) * dim,), ctx.dtype)
+        keys = _heads_first(read_range(k, k0, k1), ctx.dtype, copy).transpose(1, 2)
+        if k1 - k0 == tile.key_count:
+            torch.bmm(rows, keys, out=s)
+        else:
+            s[..., place : place + k1 - k0] = torch.bmm(rows, keys)
     slope = None
-    if p.softcap:
-        s = s.mul_(p.scaling / p.softcap).tanh_()
+    if cap := ctx.scoring.pattern.softcap:
+        s = s.div_(cap).tanh_()
         slope = 1.0 - s * s
-        s = s.mul_(p.softcap)
-    else:
-        s = s.mul_(p.scaling)
+        s = s.mul_(cap)
     mask = ctx.masks(work, block, tile)
     if mask is not None:
         batch, m, heads, _ = shape

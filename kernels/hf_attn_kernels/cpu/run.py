@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import flash, matmul
 from .context import Context, sum_dtype
+from .pages import Keys
 from .tiling import Block, Scoring
 from .work import Work
 
@@ -24,8 +25,8 @@ class Call:
     """Checked tensors of one call, as a dense batch."""
 
     q: Tensor  # [B, Q, Hq, D]
-    k: Tensor  # [B, K, Hkv, D]
-    v: Tensor  # [B, K, Hkv, Dv]
+    k: Keys  # [B, K, Hkv, D]
+    v: Keys  # [B, K, Hkv, Dv]
     works: list[Work]
     scoring: Scoring
     s_aux: Tensor | None
@@ -79,6 +80,7 @@ def backward(
             log-sum-exp needs the matmul engine.
     """
     dtype = sum_dtype(call.q.dtype)
+    assert isinstance(call.k, Tensor) and isinstance(call.v, Tensor)  # caches have no gradient
     ctx = Context(scoring=call.scoring, dtype=dtype, seed=call.seed)
     delta = torch.einsum("bqhd,bqhd->bhq", grad_out.to(dtype), out.to(dtype))
     if grad_lse is not None:
@@ -97,6 +99,7 @@ def backward(
     for work in _split(call, engine):
         q, o, do = (x[work.rows, work.queries] for x in (call.q, out, grad_out))
         k, v = work.select_keys(call.k), work.select_keys(call.v)
+        assert isinstance(k, Tensor) and isinstance(v, Tensor)
         dk, dv = grad_k[work.key_rows, work.keys], grad_v[work.key_rows, work.keys]
         if work.positions is not None:
             dk, dv = torch.zeros(k.shape, dtype=dtype), torch.zeros(v.shape, dtype=dtype)

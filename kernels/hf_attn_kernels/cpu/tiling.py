@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED, Pattern
+from .pages import Keys, read_range
 from .work import Work
 
 
@@ -31,10 +32,23 @@ class Tile:
     spans: tuple[tuple[int, int], ...]
     kind: Kind
 
-    def read(self, x: Tensor) -> Tensor:
+    def read(self, x: Keys) -> Tensor:
         """``[b, K, H, D]`` -> ``[b, n, H, D]``; a view where the tile is one range."""
-        parts = [x[:, k0:k1] for k0, k1 in self.spans]
+        parts = [read_range(x, k0, k1) for k0, k1 in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def slabs(self, most: int) -> Iterator[tuple[int, int, int]]:
+        """The ranges in pieces of at most `most` keys: (place in the tile, first key, end)."""
+        place = 0
+        for k0, k1 in self.spans:
+            for start in range(k0, k1, most):
+                end = min(start + most, k1)
+                yield place, start, end
+                place += end - start
+
+    @property
+    def key_count(self) -> int:
+        return sum(k1 - k0 for k0, k1 in self.spans)
 
     def add_to(self, x: Tensor, grad: Tensor) -> None:
         """The inverse of :meth:`read`: adds ``[b, n, H, D]`` where it came from."""

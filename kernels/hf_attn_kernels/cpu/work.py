@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .pages import Keys, PagedKeys
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -50,8 +52,10 @@ class Work:
         """What aligns query i with key index ``i + sequence_offset`` counted in the sequence."""
         return self.offset + self.first
 
-    def select_keys(self, x: Tensor) -> Tensor:
+    def select_keys(self, x: Keys) -> Keys:
         """This piece's part of k or v: ``[B, K, H, D]`` -> ``[rows, keys, H, D]``."""
+        if isinstance(x, PagedKeys):
+            return x.starting_at(self.keys.start)
         part = x[self.key_rows, self.keys]
         return part if self.positions is None else part.index_select(1, self.positions)
 

@@ -30,30 +30,58 @@ KERNELS = ("forward", "dq", "dkdv", "bias_grad")
 HEAD_DIMS = (64, 128, 256, 512)
 
 T = Tiles
-# TABLE[chip][kernel][bytes of an element] = Tiles for head_dim up to 64, 128, 256 (512 forward only)
-TABLE: dict[str, dict[str, dict[int, tuple[Tiles, ...]]]] = {
-    "sm_90": {
-        "forward": {
-            2: (T(128, 128, 8, 2), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 32, 8, 1)),
-            4: (T(64, 64, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1), T(16, 16, 4, 1)),
-        },
-        "dq": {
-            2: (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 32, 8, 1)),
-            4: (T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 32, 8, 1)),
-        },
-        "dkdv": {
-            2: (T(64, 128, 8, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
-            4: (T(32, 64, 8, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
-        },
-        "bias_grad": {
-            2: (T(64, 64, 4, 1), T(64, 64, 8, 1), T(32, 32, 8, 1)),
-            4: (T(32, 32, 4, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
-        },
-    },
+Row = dict[str, dict[int, tuple[Tiles, ...]]]
+
+# float32 goes through the vector units, where tiles differ little from chip to chip
+_FP32: dict[str, tuple[Tiles, ...]] = {
+    "forward": (T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 4, 1), T(16, 16, 8, 1)),
+    "dq": (T(32, 32, 8, 1), T(32, 32, 4, 1), T(16, 16, 4, 1)),
+    "dkdv": (T(16, 32, 8, 1), T(16, 32, 8, 1), T(16, 16, 4, 1)),
+    "bias_grad": (T(32, 32, 4, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
 }
+
+
+def _row(half: dict[str, tuple[Tiles, ...]]) -> Row:
+    return {
+        kernel: {2: tiles, 4: _FP32[kernel]} if kernel in _FP32 else {2: tiles}
+        for kernel, tiles in half.items()
+    }
+
+
+# TABLE[chip][kernel][bytes of an element] = Tiles for head_dim up to 64, 128, 256 (512 forward only).
+# A row "<kernel> heavy" serves the calls whose features cost registers (see `tiles`).
+TABLE: dict[str, Row] = {
+    "sm_80": _row({
+        "forward": (T(128, 64, 8, 2), T(128, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+        "dq": (T(64, 64, 8, 2), T(64, 32, 4, 2), T(64, 32, 8, 2)),
+        "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
+        "bias_grad": (T(64, 64, 8, 1), T(32, 32, 4, 1), T(32, 32, 8, 1)),
+    }),
+    "sm_89": _row({  # also 8.6 and 12.x: 99 KiB of shared memory
+        "forward": (T(128, 64, 8, 2), T(128, 32, 8, 2), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+        "dq": (T(64, 64, 8, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
+        "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
+        "bias_grad": (T(64, 64, 8, 1), T(32, 32, 4, 1), T(32, 32, 8, 1)),
+    }),
+    "sm_90": _row({
+        "forward": (T(128, 128, 8, 2), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 16, 8, 2)),
+        "dq": (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 64, 8, 2)),
+        "dkdv": (T(64, 128, 8, 2), T(32, 128, 8, 2), T(32, 64, 8, 1)),
+        "bias_grad": (T(64, 64, 4, 1), T(64, 64, 8, 1), T(32, 32, 8, 1)),
+        "forward heavy": (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 2), T(64, 16, 8, 2)),
+        "dkdv heavy": (T(64, 128, 8, 2), T(32, 64, 8, 2), T(32, 32, 8, 2)),
+    }),
+    "gfx942": _row({  # 64 KiB of LDS
+        "forward": (T(128, 64, 4, 1), T(128, 32, 4, 1), T(64, 32, 4, 1), T(16, 16, 4, 1)),
+        "dq": (T(64, 64, 4, 1), T(64, 32, 4, 1), T(32, 32, 4, 1)),
+        "dkdv": (T(64, 64, 4, 1), T(32, 32, 4, 1), T(32, 32, 4, 1)),
+        "bias_grad": (T(32, 32, 4, 1), T(32, 32, 4, 1), T(16, 16, 4, 1)),
+    }),
+}  # fmt: skip
+TABLE["sm_100"] = TABLE["sm_90"]  # the same shared memory; its tensor memory holds accumulators
+TABLE["xpu"] = TABLE["sm_89"]  # not measured: the smallest tiles
 # the interpreter's tiles are small and unequal, so that short tests cross many tile borders
-SMALL = {2: (T(32, 16, 4, 1),) * 4, 4: (T(32, 16, 4, 1),) * 4}
-TABLE["interpreter"] = dict.fromkeys(KERNELS, SMALL)
+TABLE["interpreter"] = {k: {2: (T(32, 16, 4, 1),) * 4, 4: (T(32, 16, 4, 1),) * 4} for k in KERNELS}
 
 
 @functools.cache
@@ -91,13 +119,19 @@ def chip_of_capability(major: int, minor: int) -> str:
     return "sm_100" if major in (10, 11) else "sm_89"  # 12.x: 99 KiB of shared memory, like 8.9
 
 
-def tiles(kernel: str, chip: str, itemsize: int, head_dim: int) -> Tiles:
-    """The entry for a kernel; `head_dim` is the larger of q's and v's.
+def tiles(kernel: str, chip: str, itemsize: int, head_dim: int, *, heavy: bool = False) -> Tiles:
+    """The entry for a kernel.
+
+    Args:
+        head_dim: the larger of q's and v's.
+        heavy: a left window, softcap, ALiBi, bias or dropout is on; each holds more values at once.
 
     Raises:
         ValueError: this kernel has no tiles for so large a head_dim.
     """
-    row = TABLE[chip][kernel][itemsize]
+    table = TABLE[chip]
+    name = f"{kernel} heavy" if heavy and f"{kernel} heavy" in table else kernel
+    row = table[name].get(itemsize) or table[kernel][itemsize]
     for limit, entry in zip(HEAD_DIMS, row, strict=False):
         if head_dim <= limit:
             return entry

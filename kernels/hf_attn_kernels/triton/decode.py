@@ -208,7 +208,8 @@ def _decode_arguments(
     }  # fmt: skip
 
 
-def _new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialised out ``[B, Q, Hq, Dv]`` and log-sum-exp ``[B, Hq, Q]`` float32."""
     batch, q_len, heads_q, _ = q.shape
     out = q.new_empty(batch, q_len, heads_q, v.shape[-1])
     return out, q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
@@ -229,7 +230,7 @@ def _decode(
     s_aux: Tensor | None, slopes: Tensor | None, scaling: float, left: int, right: int,
     softcap: float, sink_tokens: int, num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = _new_outputs(q, v)
+    out, lse = new_outputs(q, v)
     if out.shape[0] == 0 or out.shape[1] == 0:
         return out, lse
     slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
@@ -262,4 +263,4 @@ _LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("hf_attn::decode", lib=_LIBRARY)
 def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _new_outputs(q, v)
+    return new_outputs(q, v)

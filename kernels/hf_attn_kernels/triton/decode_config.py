@@ -46,9 +46,9 @@ NVIDIA: Table = {
     ),
     (2, 512): (DecodeConfig(16, 16, 4, 3), DecodeConfig(32, 16, 8, 2)),
     (4, 64): (DecodeConfig(16, 64, 4, 2), DecodeConfig(32, 32, 4, 2)),
-    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 8, 2)),
+    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 4, 2)),
     (4, 256): (DecodeConfig(16, 16, 4, 2),),
-    (4, 512): (DecodeConfig(16, 16, 8, 1),),
+    (4, 512): (DecodeConfig(16, 16, 8, 2),),
 }
 
 # 64 KiB of shared memory for a block, which is all that gfx942 has

@@ -104,17 +104,17 @@ def decode_kernel(
         all_hi = tl.minimum(all_hi, first_token + diagonal + window_right + 1)
 
     # [BM, BLOCK_D]
-    q_at = q + b * (q_sb * VEC) + token.to(tl.int64)[:, None] * (q_st * VEC)
-    q_at += head[:, None] * (q_sh * VEC) + d[None, :]
+    q_at = q + b * q_sb * VEC + token.to(tl.int64)[:, None] * q_st * VEC
+    q_at += head.to(tl.int64)[:, None] * q_sh * VEC + d[None, :]
     queries = tl.load(q_at, mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
     if alibi is not None:
         slope = tl.load(alibi + b * alibi_sb + head, mask=row_ok, other=0.0) * LOG2E
     row = b if batch_idx is None else tl.load(batch_idx + b).to(tl.int64)
-    k_base = k + head_kv.to(tl.int64) * (k_sh * VEC)
-    v_base = v + head_kv.to(tl.int64) * (v_sh * VEC)
+    k_base = k + head_kv.to(tl.int64) * k_sh * VEC
+    v_base = v + head_kv.to(tl.int64) * v_sh * VEC
     if PAGE_SIZE == 0:
-        k_base += row * (k_sb * VEC)
-        v_base += row * (v_sb * VEC)
+        k_base += row * k_sb * VEC
+        v_base += row * v_sb * VEC
 
     top = tl.full([BM], float("-inf"), tl.float32)  # running maximum
     total = tl.zeros([BM], tl.float32)  # running sum of exp2(score - top)
@@ -138,12 +138,12 @@ def decode_kernel(
             step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
         )
         if PAGE_SIZE == 0:
-            k_off = at.to(tl.int64) * (k_st * VEC)
-            v_off = at.to(tl.int64) * (v_st * VEC)
+            k_off = at.to(tl.int64) * k_st * VEC
+            v_off = at.to(tl.int64) * v_st * VEC
         else:
             page = pages.to(tl.int64)
-            k_off = page * (k_sb * VEC) + (at % PAGE_SIZE) * (k_st * VEC)
-            v_off = page * (v_sb * VEC) + (at % PAGE_SIZE) * (v_st * VEC)
+            k_off = page * k_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * k_st * VEC
+            v_off = page * v_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * v_st * VEC
             next_n0, _, next_at = tile_keys(
                 tl.minimum(step + 1, end - 1), first_tile, sink_tiles, sink_first, start, sink_end,
                 lo, hi, HAS_SINKS, BN,

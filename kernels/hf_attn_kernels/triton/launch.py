@@ -174,7 +174,11 @@ def _tiled(kernel: str, fn: Any, t: Tiles, grid: tuple[int, ...], args: dict[str
 
 
 def _tiles_for(kernel: str, x: Inputs, chip: str) -> Tiles:
-    return tiles(kernel, chip, x.q.element_size(), max(x.shape.head_dim, x.shape.head_dim_v))
+    pattern = x.pattern
+    heavy = pattern.window_left >= 0 or pattern.softcap > 0 or pattern.dropout_p > 0
+    heavy = heavy or x.slopes is not None or x.bias is not None
+    head_dim = max(x.shape.head_dim, x.shape.head_dim_v)
+    return tiles(kernel, chip, x.q.element_size(), head_dim, heavy=heavy)
 
 
 def _blocks(length: int, block: int) -> int:

@@ -1,0 +1,78 @@
+# Every target sets up what it needs. A fresh machine needs python3 (3.10 or newer, with venv) and make.
+#   make demo      the main job on a real checkpoint       make check   format, lint, types, README
+#   make test      the tests, on two transformers releases make bench   CPU rows into results/
+#   make results   README's tables from results/*.csv      make gpu SLICE=correctness   on a GPU machine
+
+PYTHON ?= python3
+SLICE ?= all
+ARGS ?=
+VENV := .venv
+OLDEST := .venv-oldest
+BIN := $(VENV)/bin/python
+PIP := -m pip --disable-pip-version-check install -q
+
+# Two workers of one thread each: torch's own threads would only fight with them.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+WORKERS ?= 2
+
+.PHONY: setup demo test test-newest test-oldest check format bench results gpu wheel clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.ready
+
+# torch first and by its exact version, so that no later step pulls a second one; the build runs
+# without isolation, in the environment that already has setuptools.
+define make_venv
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit("$(PYTHON) is Python %d.%d, hf-attn-patch needs 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
+	@echo "setting up $(1) (the first time takes a few minutes)"
+	@$(PYTHON) -m venv $(1)
+	@$(1)/bin/python $(PIP) -c $(2) setuptools wheel torch
+	@$(1)/bin/python $(PIP) -c $(2) --no-build-isolation -e '.$(3)' $(4)
+	@touch $(1)/.ready
+endef
+
+$(VENV)/.ready: pyproject.toml constraints/cpu.txt
+	$(call make_venv,$(VENV),constraints/cpu.txt,[dev$(comma)compare],)
+
+$(OLDEST)/.ready: pyproject.toml constraints/oldest.txt
+	$(call make_venv,$(OLDEST),constraints/oldest.txt,[gpu],hypothesis pytest pytest-xdist)
+
+comma := ,
+
+demo: $(VENV)/.ready
+	@$(BIN) scripts/demo.py $(ARGS)
+
+test: test-newest test-oldest
+
+test-newest: $(VENV)/.ready
+	$(TEST_ENV) $(BIN) -m pytest -q -n $(WORKERS) --dist worksteal --durations 10 $(ARGS)
+
+test-oldest: $(OLDEST)/.ready
+	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) tests/test_registry.py tests/test_masks.py
+
+check: $(VENV)/.ready
+	$(BIN) -m ruff format --check .
+	$(BIN) -m ruff check .
+	$(BIN) -m mypy
+	$(BIN) scripts/readme_tables.py --check
+
+format: $(VENV)/.ready
+	$(BIN) -m ruff format .
+	$(BIN) -m ruff check --fix .
+
+bench: $(VENV)/.ready
+	$(BIN) scripts/bench_attention.py $(ARGS)
+
+results: $(VENV)/.ready
+	$(BIN) scripts/readme_tables.py
+
+# No virtual environment: a GPU machine brings its own torch and triton.
+gpu:
+	PYTHONPATH=.:kernels:converters $(PYTHON) scripts/gpu.py --slice $(SLICE) $(ARGS)
+
+wheel: $(VENV)/.ready
+	$(BIN) -m build --wheel --no-isolation
+
+clean:
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,81 @@
+"""Better attention layers for Hugging Face models, chosen by name.
+
+    import hf_attn_patch                                   # registers the implementations
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="triton_fa2")
+
+Importing costs next to nothing. transformers' modelling code (seconds, and on many machines Triton
+with it) is not imported here: the implementations are registered when it is, see
+:mod:`._on_import`. Names below are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _on_import
+
+if TYPE_CHECKING:
+    from .cache.rolling import RollingCache
+    from .checks import check
+    from .registry import (
+        AttentionImpl,
+        Capabilities,
+        is_registered,
+        list_implementations,
+        register,
+        unregister,
+    )
+    from .requirements import Accepted, Rejected, Requirements, Verdict
+    from .swa import SwaSettings, configure_swa
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accepted",
+    "AttentionImpl",
+    "Capabilities",
+    "Rejected",
+    "Requirements",
+    "RollingCache",
+    "SwaSettings",
+    "Verdict",
+    "check",
+    "configure_swa",
+    "is_registered",
+    "list_implementations",
+    "register",
+    "unregister",
+]
+
+_HOME = {
+    "RollingCache": "cache.rolling",
+    "check": "checks",
+    "AttentionImpl": "registry",
+    "Capabilities": "registry",
+    "is_registered": "registry",
+    "list_implementations": "registry",
+    "register": "registry",
+    "unregister": "registry",
+    "Accepted": "requirements",
+    "Rejected": "requirements",
+    "Requirements": "requirements",
+    "Verdict": "requirements",
+    "SwaSettings": "swa",
+    "configure_swa": "swa",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_on_import.register_with_transformers()

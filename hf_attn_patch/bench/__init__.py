@@ -1,0 +1,1 @@
+"""Benchmarks: one CSV schema (`rows`), one FLOP count (`flops`), one file per subject."""

@@ -1,0 +1,211 @@
+"""A KV cache that holds each row's first tokens and the window, whatever the length: O(window).
+
+What a layer holds is ``[S sinks | everything from column `start` on]``; S is 0 until something has
+been dropped. The tail ends at the last token, so causality and windows, aligned to the bottom right,
+need no change; the mask is gathered in the same order by :mod:`..sinks`.
+
+The tail exceeds the window by `slack` to 2 `slack` tokens: dropping copies the window, and so happens
+once in `slack` steps, and assisted generation can take back what was not accepted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, implementation_of
+from ..sinks import head_slots
+from ..swa_settings import SwaSettings, required
+
+SLACK = 64
+
+
+class RollingLayer(DynamicLayer):  # type: ignore[misc]
+    """One layer: keys ``[B, Hkv, held, D]`` and values ``[B, Hkv, held, Dv]``."""
+
+    is_croppable = True
+
+    def __init__(
+        self, window: int, sinks: int = 0, *, is_sliding: bool = False, slack: int = SLACK
+    ) -> None:
+        super().__init__()
+        self.is_sliding = is_sliding  # transformers' word for "the model's own config slides it"
+        self.window = window
+        self.sinks = sinks
+        self.slack = max(slack, sinks)  # so that the first drop is behind every row's first sinks
+        self.record_past = False
+        self.sink_columns: Tensor | None = None  # [B, S]; None: columns 0 to S - 1
+        self.cumulative_length = 0
+        self.start = 0
+
+    def activate_past_recording(self) -> None:
+        """Drop nothing until the next crop."""
+        self.record_past = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append, drop what no later query sees, return all that these queries may see."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new = key_states.shape[-2]
+        # what follows on a prompt may be guesses: all of them can be taken back
+        revocable = max(self.slack, new if self.cumulative_length else 0)
+        keys = torch.cat([self.keys, key_states], dim=-2)
+        values = torch.cat([self.values, value_states], dim=-2)
+        self.cumulative_length += new
+        self.keys, self.values = keys, values
+        if not self.record_past:
+            self._drop(revocable)
+        return keys, values
+
+    def _drop(self, revocable: int) -> None:
+        keep = self.window - 1 + revocable
+        tail = self.cumulative_length - self.start
+        start = self.cumulative_length - keep
+        if tail <= keep + self.slack or start <= self.sinks:
+            return
+        index = self._sink_index(start)
+        self.keys = self._kept(self.keys, index, keep)
+        self.values = self._kept(self.values, index, keep)
+        self.start = start
+
+    def _sink_index(self, start: int) -> Tensor | None:
+        """``[B, S]`` where what the head shall hold stands now; None: it is the first S keys."""
+        if self.sink_columns is None or self.sinks == 0:
+            return None
+        number, _ = head_slots(self.sink_columns, start)
+        column = self.sink_columns.gather(1, number)
+        gone = (self.sink_columns < self.start).sum(-1, keepdim=True)
+        in_head = number + self.sinks - gone
+        in_tail = column - self.start + (self.sinks if self.start else 0)
+        index = torch.where(column < self.start, in_head, in_tail)
+        # an empty slot takes any key, and the mask hides it
+        return index.clamp(0, self.keys.shape[-2] - 1)
+
+    def _kept(self, states: Tensor, index: Tensor | None, keep: int) -> Tensor:
+        tail = states[..., states.shape[-2] - keep :, :]
+        if self.sinks == 0:
+            return tail.clone()  # a view would keep all the rest alive
+        if index is None:
+            return torch.cat([states[..., : self.sinks, :], tail], dim=-2)
+        picked = index[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[-1])
+        return torch.cat([states.gather(-2, picked), tail], dim=-2)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, dropped ones with them."""
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """Tokens that can be held for good."""
+        return self.window + self.sinks
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of :meth:`get_max_length`."""
+        return self.get_max_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(keys that the next update returns, position of the first).
+
+        With sinks the held positions have a gap; the offset is 0 then, and the mask function knows
+        by the length, which is less than the tokens seen.
+        """
+        tail = self.cumulative_length - self.start + query_length
+        if self.sinks and self.start:
+            return self.sinks + tail, 0
+        return tail, self.start
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens.
+
+        Raises:
+            ValueError: a positive number, or the tokens needed instead have been dropped.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop() takes the negative number of tokens to remove, got {tokens_to_remove}"
+            )
+        if not self.is_initialized:
+            return
+        remove = -tokens_to_remove
+        left = self.cumulative_length - remove
+        if left < 0 or (self.start and left - self.start < self.window - 1):
+            raise ValueError(
+                f"cannot take back {remove} of {self.cumulative_length} tokens: a window of "
+                f"{self.window} would then need keys that were dropped. Call "
+                "cache.activate_past_recording() before the tokens are added."
+            )
+        if remove:
+            self.keys = self.keys[..., : self.keys.shape[-2] - remove, :]
+            self.values = self.values[..., : self.values.shape[-2] - remove, :]
+            self.cumulative_length = left
+        if self.record_past:
+            self._drop(self.slack)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.cumulative_length = self.start = 0
+        self.sink_columns = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.sink_columns is not None:
+            self.sink_columns = self.sink_columns.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.sink_columns is not None:
+            self.sink_columns = self.sink_columns[indices, ...]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.sink_columns is not None:
+            rows = beam_idx.to(self.sink_columns.device)
+            self.sink_columns = self.sink_columns.index_select(0, rows)
+
+
+class RollingCache(Cache):  # type: ignore[misc]
+    """The cache that ``triton_swa`` needs for memory O(window).
+
+    ``configure_swa`` makes ``generate()`` use one by itself; make one for your own loop:
+    ``model(ids, past_key_values=RollingCache(model.config), use_cache=True)``.
+
+    Args:
+        config: the model's, with ``attn_implementation="triton_swa"``.
+
+    Raises:
+        ValueError: another implementation, or no window is known.
+    """
+
+    def __init__(self, config: Any) -> None:
+        config = config.get_text_config(decoder=True)
+        name = implementation_of(config)
+        if name != "triton_swa":
+            raise ValueError(
+                f"RollingCache works with attn_implementation='triton_swa', this model has {name!r}: "
+                "others would attend to keys at wrong positions. Use transformers' DynamicCache."
+            )
+        super().__init__(layers=rolling_layers(config, required(config)))
+
+
+def rolling_layers(config: Any, settings: SwaSettings) -> list[Any]:
+    """One layer for each of the model's, rolling where a window applies to it."""
+    layers = DynamicCache(config=config).layers
+    if not layers:
+        layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
+    return [_rolling(layer, settings) for layer in layers]
+
+
+def _rolling(layer: Any, settings: SwaSettings) -> Any:
+    slides = type(layer) is DynamicSlidingWindowLayer
+    if not slides and type(layer) is not DynamicLayer:
+        return layer  # linear attention, convolutions: not ours
+    window = settings.narrow(layer.sliding_window if slides else None)
+    if window is None:
+        return layer
+    rolling = RollingLayer(window, settings.sinks, is_sliding=slides, slack=SLACK)
+    rolling.record_past = getattr(layer, "record_past", False)
+    return rolling

@@ -1,0 +1,132 @@
+"""check(): would this model run with that implementation here, on what, and if not, what then?"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+
+from . import compat, guard
+from .registry import IMPLEMENTATIONS, AttentionImpl, is_registered
+from .requirements import Accepted, Rejected, Verdict
+from .swa_settings import stored
+
+NOT_CAUSAL = "use attn_implementation='triton_fa2'"
+
+
+def check(
+    model_or_config_or_name: Any,
+    device: torch.device | str | None = None,
+    implementation: str = "triton_fa2",
+) -> Verdict:
+    """Whether a model would run with an implementation, on which backend and why.
+
+    Args:
+        model_or_config_or_name: a model, a config, or what ``AutoConfig.from_pretrained`` takes.
+        device: where the tensors will be; by default the model's own, else the best one here.
+        implementation: a name of :func:`list_implementations`.
+
+    Returns:
+        ``Accepted(backend, reason)`` or ``Rejected(reason, fix)``; ``.ok`` tells them apart.
+
+    Raises:
+        OSError: a name that AutoConfig cannot find.
+    """
+    impl = _find(implementation)
+    if isinstance(impl, Rejected):
+        return impl
+    if not is_registered(impl.name):
+        return Rejected(
+            f"{impl.name!r} is not registered with transformers", "call hf_attn_patch.register()"
+        )
+    model, config = _resolve(model_or_config_or_name)
+    refused = _model_verdict(model, config, impl)
+    if refused is not None:
+        return refused
+    verdict = impl.requires.check(_device_type(model, device))
+    if isinstance(verdict, Rejected):
+        return verdict
+    return Accepted(verdict.backend, f"{_describe(config)}: {verdict.reason}")
+
+
+def _find(name: str) -> AttentionImpl | Rejected:
+    for impl in IMPLEMENTATIONS:
+        if impl.name == name:
+            return impl
+    known = [impl.name for impl in IMPLEMENTATIONS]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return Rejected(
+        f"there is no attention implementation {name!r}", f"{hint}possible: {', '.join(known)}"
+    )
+
+
+def _resolve(subject: Any) -> tuple[compat.PreTrainedModel | None, Any]:
+    if isinstance(subject, compat.PreTrainedModel):
+        return subject, subject.config
+    if isinstance(subject, compat.PretrainedConfig):
+        return None, subject
+    from transformers import AutoConfig
+
+    return None, AutoConfig.from_pretrained(subject)
+
+
+def _model_verdict(
+    model: compat.PreTrainedModel | None, config: Any, impl: AttentionImpl
+) -> Rejected | None:
+    model_class = type(model) if model is not None else compat.model_class_of(config)
+    if model_class is None:
+        return Rejected(
+            f"transformers has no model class for {config.model_type!r}",
+            "pass the model itself instead of its config or name",
+        )
+    refused = guard.refusal(model_class, config.model_type)
+    if refused is not None:
+        return Rejected(*refused)
+    text = config.get_text_config(decoder=True)
+    dim = compat.head_dim_of(text)
+    if dim is not None and dim > impl.supports.head_dim_forward:
+        return Rejected(
+            f"head_dim is {dim}, the largest possible is {impl.supports.head_dim_forward}",
+            "use attn_implementation='sdpa'",
+        )
+    if impl.supports.rolling_cache:
+        return _window_verdict(text)
+    return None
+
+
+def _window_verdict(text: Any) -> Rejected | None:
+    if stored(text) is not None or getattr(text, "sliding_window", None) is not None:
+        return None
+    return Rejected(
+        f"a model of type {text.model_type!r} has no window in its config",
+        "load it and call hf_attn_patch.configure_swa(model, window=4096), or " + NOT_CAUSAL,
+    )
+
+
+def _device_type(model: compat.PreTrainedModel | None, device: torch.device | str | None) -> str:
+    if device is not None:
+        return torch.device(device).type
+    if model is not None:
+        return str(model.device.type)
+    for kind in ("cuda", "xpu"):
+        backend = getattr(torch, kind, None)
+        if backend is not None and backend.is_available():
+            return kind
+    return "cpu"
+
+
+def _describe(config: Any) -> str:
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    parts = [f"{config.model_type}"]
+    if heads:
+        parts.append(f"{heads} query and {kv_heads} key/value heads")
+    dim = compat.head_dim_of(text)
+    if dim:
+        parts.append(f"head_dim {dim}")
+    if getattr(text, "sliding_window", None):
+        parts.append(f"window {text.sliding_window}")
+    return ", ".join(parts)

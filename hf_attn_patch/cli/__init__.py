@@ -1,0 +1,35 @@
+"""`hf-attn`: one file per command. Heavy imports stay inside the commands, so --help is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from .bench import bench_app
+from .check import check_command
+from .common import CommandGroup
+from .compare import compare_command
+from .convert import convert_command
+from .generate import generate_command
+from .list import list_command
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Better attention layers for Hugging Face models. Exit codes: 0 done, 1 failed, 2 misuse.",
+)
+app.command("list")(list_command)
+app.command("check")(check_command)
+app.command("generate")(generate_command)
+app.command("convert")(convert_command)
+app.command("compare")(compare_command)
+app.add_typer(bench_app, name="bench")
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="hf-attn")
+
+
+__all__ = ["app", "main"]

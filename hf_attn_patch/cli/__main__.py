@@ -1,0 +1,5 @@
+"""`python -m hf_attn_patch.cli`"""
+
+from . import main
+
+main()

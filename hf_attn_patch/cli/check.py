@@ -1,0 +1,60 @@
+"""`hf-attn check`: what would run here, on which backend, and why; if not, what to do."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .common import FAILED, DeviceOption, JsonOption, print_json, print_table
+
+
+def check_command(
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or hub name; without it only this machine.")
+    ] = None,
+    attn: Annotated[
+        list[str] | None, typer.Option(help="An implementation; repeatable. By default all.")
+    ] = None,
+    device: DeviceOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say which backend would run a model and why. Exit code 1 if none of those asked for would."""
+    from hf_attn_patch import check, list_implementations
+    from hf_attn_patch.compare.models import best_device
+
+    known = {impl.name: impl for impl in list_implementations()}
+    names = attn or list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no implementation {unknown[0]!r}; possible: {', '.join(known)}")
+    where = device or best_device()
+    if model is None:
+        verdicts = {name: known[name].requires.check(where.split(":")[0]) for name in names}
+    else:
+        config = _config(model)
+        verdicts = {name: check(config, device=where, implementation=name) for name in names}
+    if json:
+        print_json(
+            {
+                "model": model,
+                "device": where,
+                "implementations": {name: v.to_dict() for name, v in verdicts.items()},
+            }
+        )
+    else:
+        rows = [
+            [name, "yes" if v.ok else "no", v.reason, getattr(v, "fix", "")]
+            for name, v in verdicts.items()
+        ]
+        print_table(["implementation", "runs", "because", "what to do"], rows, title=model or where)
+    if not any(v.ok for v in verdicts.values()):
+        raise typer.Exit(FAILED)
+
+
+def _config(model: str) -> object:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,193 @@
+"""transformers' attention call turned into a kernel call.
+
+Shapes as transformers has them: query ``[B, Hq, Q, D]``, key ``[B, Hkv, K, D]``, value
+``[B, Hkv, K, Dv]`` (key and value heads are not repeated); the answer is ``[B, Q, Hq, Dv]``. Head
+counts come from the tensors only: under tensor parallelism the config's are too large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
+from torch import Tensor, nn
+
+from . import compat, mask_forms
+from .swa_settings import SwaSettings
+
+logger = compat.logging.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One attention call, as the layer made it."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None  # one of mask_forms
+    causal: bool = True
+    window: int | None = None  # tokens, the query's own among them
+    sinks: int = 0  # first tokens that the window does not hide
+    scaling: float | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    s_aux: Tensor | None = None  # [Hq]
+    position_bias: Tensor | None = None  # [B|1, H|1, Q|1, K], added
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+def attend(
+    name: str,
+    settings: SwaSettings,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    output_attentions: bool = False,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of the implementation `name`; see :mod:`.entry`.
+
+    Raises:
+        ValueError: a mask or a cache that it does not read.
+    """
+    if output_attentions and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"attn_implementation={name!r} never holds the attention weights, so output_attentions "
+            "gives None. Use attn_implementation='eager' where they are needed."
+        )
+    if cache is not None:
+        raise ValueError(
+            f"attn_implementation={name!r} got the paged cache of generate_batch, which it does not "
+            "read; use attn_implementation='sdpa' for continuous batching"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    window = settings.narrow(sliding_window) if causal else sliding_window
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        mask=attention_mask,
+        causal=bool(causal),
+        window=window,
+        sinks=settings.sinks if causal else 0,
+        scaling=scaling,
+        softcap=softcap,
+        dropout=dropout,
+        s_aux=s_aux,
+        position_bias=position_bias,
+        cu_seqlens_q=cu_seq_lens_q if packed else None,
+        cu_seqlens_k=cu_seq_lens_k if packed else None,
+        max_seqlen_q=query.shape[0] * query.shape[2] if max_length_q is None else int(max_length_q),
+        max_seqlen_k=key.shape[0] * key.shape[2] if max_length_k is None else int(max_length_k),
+    )
+    return run(call), None
+
+
+def run(call: Call) -> Tensor:
+    """``[B, Q, Hq, Dv]``, contiguous."""
+    visible = mask_forms.read(call.mask, call.key.shape[2])
+    # to the kernels' [B, S, H, D]
+    q, k, v = (x.transpose(1, 2) for x in _one_dtype(call.query, call.key, call.value))
+    common: dict[str, Any] = {
+        "dropout_p": call.dropout,
+        "softmax_scale": call.scaling,
+        "softcap": call.softcap or 0.0,
+        "s_aux": call.s_aux,
+    }
+    if visible.banded:
+        common |= _band(call)
+    if call.cu_seqlens_q is not None or visible.offsets is not None:
+        return _run_packed(call, visible, q, k, v, common)
+    bias = _bias(call, visible)
+    if visible.keys < k.shape[1]:
+        k, v = k[:, : visible.keys], v[:, : visible.keys]
+    padding = visible.padding
+    if padding is not None and padding.shape[0] != q.shape[0]:
+        padding = padding.expand(q.shape[0], -1)
+    out: Tensor = flash_attn_func(q, k, v, bias=bias, key_padding_mask=padding, **common)
+    return out.contiguous()
+
+
+def _band(call: Call) -> dict[str, Any]:
+    before = -1 if call.window is None else call.window - 1
+    after = 0 if call.causal else before
+    return {
+        "causal": call.causal,
+        "window_size": (before, after),
+        "sink_tokens": call.sinks if call.window is not None else 0,
+    }
+
+
+def _run_packed(
+    call: Call,
+    visible: mask_forms.Visible,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    common: dict[str, Any],
+) -> Tensor:
+    if call.position_bias is not None:
+        raise ValueError(
+            "packed sequences with a position bias are not possible: the bias has no place for where "
+            "each sequence begins. Pad the batch instead of packing it."
+        )
+    if call.cu_seqlens_q is not None:
+        offsets_q, offsets_k = call.cu_seqlens_q, call.cu_seqlens_k
+        longest_q, longest_k = call.max_seqlen_q, call.max_seqlen_k
+        common = common | _band(call)  # the offsets overrule whatever mask was made beside them
+    else:
+        offsets_q = offsets_k = visible.offsets
+        longest_q = longest_k = visible.longest
+    assert offsets_q is not None and offsets_k is not None
+    out: Tensor = flash_attn_varlen_func(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        offsets_q.to(torch.int32),
+        offsets_k.to(torch.int32),
+        longest_q,
+        longest_k,
+        **common,
+    )
+    return out.view(*q.shape[:-1], v.shape[-1])
+
+
+def _bias(call: Call, visible: mask_forms.Visible) -> Tensor | None:
+    bias = call.position_bias
+    if bias is not None and bias.shape[-1] > visible.keys:
+        bias = bias[..., : visible.keys]
+    if bias is None or visible.dense is None:
+        return visible.dense if bias is None else bias
+    if visible.dense.dtype == torch.bool:
+        return bias.masked_fill(~visible.dense, float("-inf"))
+    return bias + visible.dense
+
+
+def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    # under autocast eager's matmuls run in the autocast dtype whatever comes in, and so does this
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if x.dtype != dtype else x for x in tensors)

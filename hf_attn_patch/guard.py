@@ -1,0 +1,103 @@
+"""Refuses a model that would ignore the name it was given, while it is being built.
+
+transformers accepts any registered name for any model, also for those whose code never looks at it;
+some of them then compute attention under our mask and silently lose causality. PyTorch calls a hook
+whenever a submodule is added to a module; that is early enough to stop before any weight is made,
+touches no class of transformers, and can be taken away again.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.utils.hooks import RemovableHandle
+
+    from .compat import PreTrainedModel
+
+_names: frozenset[str] = frozenset()
+_handle: RemovableHandle | None = None
+
+
+def install(names: frozenset[str]) -> None:
+    """Watch models that are built with one of `names`; replaces the earlier set."""
+    global _names, _handle
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    _names = names
+    if _handle is None:
+        _handle = register_module_module_registration_hook(_on_submodule)
+
+
+def remove() -> None:
+    """Stop watching and take the names out of the families that were adapted."""
+    global _names, _handle
+    from .models import ADAPTERS
+
+    for adapter in ADAPTERS.values():
+        for name in _names:
+            adapter.remove(name)
+    if _handle is not None:
+        _handle.remove()
+    _names, _handle = frozenset(), None
+
+
+def refusal(model_class: type[PreTrainedModel], model_type: str) -> tuple[str, str] | None:
+    """(reason, fix) why a model class cannot take our names, None if it can."""
+    from . import compat
+    from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
+
+    if model_type in ADAPTERS:
+        return None
+    if compat.ignores_interface(model_class):
+        reason = (
+            f"{model_class.__name__} computes its attention itself; transformers' code for "
+            f"{model_type!r} does not call the attention function of that name"
+        )
+    elif compat.eager_only(model_class):
+        reason = (
+            f"transformers declares that {model_class.__name__} works with eager attention only"
+        )
+    else:
+        return None
+    return reason, INSTEAD.get(model_type, DEFAULT_INSTEAD)
+
+
+def refuse_config(config: Any, name: str) -> None:
+    """The same for a config alone: a model whose implementation was changed after it was built."""
+    from . import compat
+    from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
+
+    model_type = getattr(config, "model_type", "")
+    if model_type not in ADAPTERS and not compat.traits(config).interface:
+        raise ValueError(
+            f"a model of type {model_type!r} cannot use attn_implementation={name!r}: its code never "
+            f"calls the attention function. Instead: {INSTEAD.get(model_type, DEFAULT_INSTEAD)}."
+        )
+
+
+def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    # runs for every module of every model in the process: the common case must leave early
+    config = module.__dict__.get("config")
+    if config is None or getattr(config, "_attn_implementation", None) not in _names:
+        return
+    from . import compat
+    from .models import ADAPTERS
+
+    if not isinstance(module, compat.PreTrainedModel):
+        return
+    wanted = config._attn_implementation
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter is not None:
+        adapter.install(wanted)
+        return
+    refused = refusal(type(module), config.model_type)
+    if refused is not None:
+        reason, fix = refused
+        raise ValueError(
+            f"attn_implementation={wanted!r} is refused: {reason}. Instead: {fix}. If it is one part "
+            "of a larger model, name an implementation for each part, such as "
+            f'attn_implementation={{"text_config": "{wanted}", "": "eager"}}.'
+        )
+    compat.learn_traits(module)

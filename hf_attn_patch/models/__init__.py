@@ -1,0 +1,39 @@
+"""Families that transformers does not route through its attention interface, and what we do.
+
+``ADAPTERS`` are served by code of ours; everything else that ignores the interface is refused at
+load by :mod:`..guard`, with a hint from ``INSTEAD`` where there is a better one than the default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from . import falcon
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilyAdapter:
+    """How one family is brought to the implementations."""
+
+    model_type: str
+    install: Callable[[str], None]  # makes the family know an implementation's name
+    remove: Callable[[str], None]
+
+
+ADAPTERS: dict[str, FamilyAdapter] = {
+    adapter.model_type: adapter
+    for adapter in (
+        FamilyAdapter(model_type="falcon", install=falcon.install, remove=falcon.remove),
+    )
+}
+
+DEFAULT_INSTEAD = "load it with attn_implementation='eager' (or 'sdpa' where the model supports it)"
+ALIBI_INSTEAD = (
+    "load it with attn_implementation='eager'; the ALiBi kernel itself is "
+    "hf_attn_kernels.flash_attn_func(..., alibi_slopes=...)"
+)
+INSTEAD: dict[str, str] = {
+    "bloom": ALIBI_INSTEAD,
+    "mpt": ALIBI_INSTEAD,
+}

@@ -1,0 +1,117 @@
+"""Falcon: its attention is a class chosen from a plain dict, so ours is put into that dict.
+
+transformers' own repeats K and V to every query head before it caches them; this one caches only the
+heads that exist (16 times less for falcon-40b). Three layouts of the fused projection:
+
+=======================  ====================================  =====================
+``new_decoder_...``      ``[kv heads, group + 2, head_dim]``   GQA (falcon-40b, 180b)
+``multi_query``          ``[q heads + 2, head_dim]``           MQA (falcon-7b)
+neither                  ``[heads, 3, head_dim]``              MHA (falcon-rw, ALiBi)
+=======================  ====================================  =====================
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def install(name: str) -> None:
+    """Let Falcon models be built with ``attn_implementation=name``."""
+    _classes().setdefault(name, _attention_class(name))
+
+
+def remove(name: str) -> None:
+    """Take the name out again; models already built keep working."""
+    import sys
+
+    if "transformers.models.falcon.modeling_falcon" in sys.modules:
+        _classes().pop(name, None)
+
+
+def _classes() -> dict[str, type]:
+    from transformers.models.falcon import modeling_falcon
+
+    classes: dict[str, type] = modeling_falcon.FALCON_ATTENTION_CLASSES
+    return classes
+
+
+def split_heads(fused: Tensor, kv_heads: int, head_dim: int, interleaved: bool) -> list[Tensor]:
+    """Fused projection ``[B, S, features]`` to q ``[B, Hq, S, D]``, k and v ``[B, Hkv, S, D]``.
+
+    Args:
+        interleaved: each KV head stands behind its own group of query heads (GQA and MHA); else all
+            query heads come first (MQA).
+    """
+    batch, length, _ = fused.shape
+    groups = kv_heads if interleaved else 1
+    per_group = fused.view(batch, length, groups, -1, head_dim)
+    parts = per_group.split([per_group.shape[3] - 2, 1, 1], dim=3)
+    return [part.flatten(2, 3).transpose(1, 2) for part in parts]
+
+
+@cache
+def _attention_class(name: str) -> type:
+    # made late: importing Falcon's modelling file costs seconds that only Falcon's users should pay
+    from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
+
+    from ..forward import Call, run
+    from ..swa_settings import OWN_WINDOWS, required
+
+    class HfAttnFalconAttention(FalconAttention):  # type: ignore[misc]
+        """FalconAttention over the kernels; same weights, a cache of KV heads only."""
+
+        def forward(
+            self,
+            hidden_states: Tensor,
+            alibi: Tensor | None,
+            attention_mask: Tensor | None,
+            position_ids: Tensor | None = None,
+            layer_past: Any = None,
+            use_cache: bool = False,
+            output_attentions: bool = False,
+            position_embeddings: tuple[Tensor, Tensor] | None = None,
+            **kwargs: Any,
+        ) -> tuple[Tensor, None]:
+            """hidden_states ``[B, Q, hidden]``; alibi ``[B * H, 1, K]``; same shape back."""
+            interleaved = self.new_decoder_architecture or not self.multi_query
+            q, k, v = split_heads(
+                self.query_key_value(hidden_states), self.num_kv_heads, self.head_dim, interleaved
+            )
+            if alibi is None:
+                assert position_embeddings is not None
+                q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+            if layer_past is not None:
+                k, v = layer_past.update(k, v, self.layer_idx)
+            settings = OWN_WINDOWS if name == "triton_fa2" else required(self.config)
+            out = run(
+                Call(
+                    query=q,
+                    key=k,
+                    value=v,
+                    mask=attention_mask,
+                    causal=self.is_causal,
+                    window=settings.narrow(None),
+                    sinks=settings.sinks,
+                    dropout=self._dropout(alibi),
+                    position_bias=self._bias(alibi, attention_mask, q.shape[0]),
+                )
+            )
+            return self.dense(out.flatten(2)), None
+
+        def _dropout(self, alibi: Tensor | None) -> float:
+            # the stock layer drops attention weights only beside ALiBi
+            active = self.training and alibi is not None
+            return float(self.attention_dropout.p) if active else 0.0
+
+        def _bias(self, alibi: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
+            if alibi is None or (mask is not None and mask.is_floating_point()):
+                return None  # a dense mask arrives with ALiBi already in it
+            # [B, H, 1, K]: slope times key position, for which rounding must be the stock layer's
+            bias = alibi.view(batch, self.num_heads, 1, -1).to(torch.float32)
+            return bias * self.inv_norm_factor
+
+    return HfAttnFalconAttention

@@ -1,0 +1,159 @@
+"""The implementations, each described in one place. Read this file first.
+
+To add one: write its forward (:mod:`.forward`) and its mask function (:mod:`.masks`), give both a door
+in :mod:`.entry`, add a literal to ``IMPLEMENTATIONS``. Importing this file imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from . import entry, guard
+from .requirements import DeviceRequirement, Requirements
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What an implementation can serve; the columns of the README's table."""
+
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
+    head_dim_forward: int = 512  # largest
+    head_dim_backward: int = 256
+    causal: bool = True
+    full: bool = True
+    gqa: bool = True
+    window: bool = True
+    sink_tokens: bool = False  # first tokens kept beside the window
+    rolling_cache: bool = False  # KV memory O(window)
+    softcap: bool = True
+    sink_logits: bool = True  # s_aux of gpt-oss
+    bias: bool = True  # dense masks and position bias, with its gradient
+    padding: bool = True
+    packed: bool = True
+    dropout: bool = True
+    backward: bool = True
+    paged: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionImpl:
+    """One value of ``attn_implementation=``."""
+
+    name: str
+    summary: str
+    forward: Callable[..., Any]
+    mask: Callable[..., Any]  # never optional: without one, transformers drops the padding
+    supports: Capabilities
+    requires: Requirements
+
+
+TRITON = {"backend": "triton", "package": "triton", "minimum": (3, 6), "extra": "gpu"}
+ON_ANY_DEVICE = Requirements(
+    devices=(
+        DeviceRequirement(device="cuda", **TRITON),  # type: ignore[arg-type]
+        DeviceRequirement(device="xpu", **TRITON),  # type: ignore[arg-type]
+        DeviceRequirement(device="cpu", backend="blockwise PyTorch"),
+    )
+)
+
+IMPLEMENTATIONS: tuple[AttentionImpl, ...] = (
+    AttentionImpl(
+        name="triton_fa2",
+        summary="FlashAttention-2, forward and backward; the model's own windows, softcap, sinks",
+        forward=entry.fa2_forward,
+        mask=entry.fa2_mask,
+        supports=Capabilities(),
+        requires=ON_ANY_DEVICE,
+    ),
+    AttentionImpl(
+        name="triton_swa",
+        summary="the same with a sliding window on any causal model; first tokens kept, rolling cache",
+        forward=entry.swa_forward,
+        mask=entry.swa_mask,
+        supports=Capabilities(sink_tokens=True, rolling_cache=True),
+        requires=ON_ANY_DEVICE,
+    ),
+)
+
+
+def list_implementations() -> tuple[AttentionImpl, ...]:
+    """Every implementation of this package, registered or not."""
+    return IMPLEMENTATIONS
+
+
+def find(name: str) -> AttentionImpl:
+    """The implementation called `name`.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    for impl in IMPLEMENTATIONS:
+        if impl.name == name:
+            return impl
+    known = ", ".join(impl.name for impl in IMPLEMENTATIONS)
+    raise ValueError(
+        f"attention implementation {name!r} does not exist in hf_attn_patch; possible: {known}. "
+        "transformers' own are used without it: eager, sdpa, flex_attention."
+    )
+
+
+def register(names: Iterable[str] | None = None) -> None:
+    """Make the implementations known to transformers; runs on ``import hf_attn_patch``.
+
+    Calling it again changes nothing.
+
+    Args:
+        names: only these; all by default.
+
+    Raises:
+        ValueError: an unknown name, or a name that somebody else has registered. Nothing is
+            registered then.
+    """
+    chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
+    for impl in chosen:
+        for kind, table in entry.interfaces():
+            other = table.get(impl.name)
+            if other is not None and not _is_ours(other):
+                raise ValueError(
+                    f"the {kind} name {impl.name!r} is already registered by "
+                    f"{getattr(other, '__module__', '?')}.{getattr(other, '__qualname__', other)}; "
+                    "it is not overwritten. Remove that registration first, or register() only the "
+                    "other names."
+                )
+    for impl in chosen:
+        for (_, table), function in zip(entry.interfaces(), (impl.forward, impl.mask), strict=True):
+            table[impl.name] = function
+    names = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
+    guard.install(names)
+
+
+def unregister(names: Iterable[str] | None = None) -> None:
+    """Take the implementations out of transformers again; those of somebody else stay.
+
+    A loaded model that uses one of them cannot run until it is given another by
+    ``set_attn_implementation``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
+    for impl in chosen:
+        for _, table in entry.interfaces():
+            if _is_ours(table.get(impl.name)):
+                del table[impl.name]
+    left = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
+    guard.remove()
+    if left:
+        guard.install(left)
+
+
+def is_registered(name: str) -> bool:
+    """Whether transformers now knows `name`, and means this package by it."""
+    return all(_is_ours(table.get(name)) for _, table in entry.interfaces())
+
+
+def _is_ours(function: object) -> bool:
+    # by module and not by identity: a reloaded package still owns what it registered before
+    return getattr(function, "__module__", "").split(".")[0] == __name__.split(".")[0]

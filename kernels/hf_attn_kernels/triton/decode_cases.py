@@ -1,0 +1,128 @@
+"""The decode calls whose kernels are compiled ahead of time: every tile of the table, every feature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import Pattern
+from .aot import AotCase, case_from_arguments
+from .decode import Cache, launches, new_outputs
+
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+BATCH, KEYS, UNITS = 4, 16384, 128  # sizes only matter in being multiples of 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeCall:
+    """A kind of call over a cache."""
+
+    name: str
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    head_dim_v: int | None = None
+    tokens: int = 1
+    groups: int = 4
+    heads_kv: int = 8
+    page_size: int = 0  # 0: contiguous
+    window: int = -1
+    sink_tokens: int = 0
+    softcap: float = 0.0
+    splits: int = 8
+    s_aux: bool = False
+    alibi: bool = False
+    padded: bool = False  # a mask over keys given whole, no lengths
+    indexed: bool = False  # batch_idx and leftpad
+
+
+def _tiles(dtype: torch.dtype, dims: tuple[int, ...], pages: tuple[int, ...]) -> list[DecodeCall]:
+    """One row, and enough rows for each larger tile of the table."""
+    return [
+        DecodeCall(
+            name=f"{NAMES[dtype]}-D{dim}-Q{tokens}-page{page}",
+            dtype=dtype, head_dim=dim, tokens=tokens, page_size=page, splits=8 if tokens == 1 else 1,
+        )
+        for dim in dims
+        for tokens in (1, 8, 16, 256)
+        for page in pages
+    ]  # fmt: skip
+
+
+CALLS: tuple[DecodeCall, ...] = (
+    *_tiles(torch.bfloat16, (64, 80, 128, 256, 512), (0, 16, 64)),
+    *_tiles(torch.float16, (64, 128), (0, 16)),
+    *_tiles(torch.float32, (64, 128, 256, 512), (0, 16)),
+    DecodeCall(name="bf16-D128-mha", groups=1),
+    DecodeCall(name="bf16-D128-mqa", groups=32, heads_kv=1),
+    DecodeCall(name="bf16-D128-one-split", splits=1),
+    DecodeCall(name="bf16-D192-DV128-page64", head_dim=192, head_dim_v=128, page_size=64),
+    DecodeCall(name="bf16-D72-mqa", head_dim=72, heads_kv=1),
+    DecodeCall(name="bf16-D128-padded", padded=True),
+    DecodeCall(name="bf16-D128-padded-window-sinks", padded=True, window=511, sink_tokens=4),
+    DecodeCall(name="bf16-D128-indexed", indexed=True),
+    DecodeCall(name="bf16-D128-page16-window", page_size=16, window=511),
+    DecodeCall(name="bf16-D128-page16-window-sinks", page_size=16, window=511, sink_tokens=4),
+    DecodeCall(name="bf16-D128-page16-window-sinks-Q256", page_size=16, window=511, sink_tokens=4,
+               tokens=256, splits=1),
+    DecodeCall(name="bf16-D128-page16-alibi", page_size=16, alibi=True),
+    DecodeCall(name="bf16-D64-page16-s_aux-window", head_dim=64, groups=8, page_size=16, window=127,
+               s_aux=True),
+    DecodeCall(name="bf16-D64-page16-s_aux-window-Q256", head_dim=64, groups=8, page_size=16,
+               window=127, s_aux=True, tokens=256, splits=1),
+    DecodeCall(name="bf16-D256-page16-softcap-window", head_dim=256, page_size=16, window=4095,
+               softcap=50.0),
+    DecodeCall(name="bf16-D256-page16-softcap-Q256", head_dim=256, page_size=16, softcap=50.0,
+               tokens=256, splits=1),
+)  # fmt: skip
+
+
+def _cache(call: DecodeCall) -> Cache:
+    def tensor(*shape: int, dtype: torch.dtype = call.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def numbers(wanted: bool, *shape: int) -> Tensor | None:
+        return tensor(*shape, dtype=torch.int32) if wanted else None
+
+    paged = call.page_size > 0
+    rows = (BATCH * KEYS // call.page_size, call.page_size) if paged else (BATCH, KEYS)
+    heads_q = call.heads_kv * call.groups
+    return Cache(
+        q=tensor(BATCH, call.tokens, heads_q, call.head_dim),
+        k=tensor(*rows, call.heads_kv, call.head_dim),
+        v=tensor(*rows, call.heads_kv, call.head_dim_v or call.head_dim),
+        seqlens=numbers(not call.padded, BATCH),
+        block_table=numbers(paged, BATCH, KEYS // call.page_size if paged else 0),
+        batch_idx=numbers(call.indexed, BATCH),
+        leftpad=numbers(call.indexed or (call.padded and call.sink_tokens > 0), BATCH),
+        key_mask=tensor(BATCH, KEYS, dtype=torch.bool) if call.padded else None,
+        s_aux=tensor(heads_q) if call.s_aux else None,
+        slopes=tensor(1, heads_q, dtype=torch.float32) if call.alibi else None,
+    )
+
+
+def aot_cases(arch: str) -> list[AotCase]:
+    """Cases of the decode and reduce kernels with the tiles of `arch`; equal ones only once."""
+    cases: list[AotCase] = []
+    seen: list[tuple[object, ...]] = []
+    for call in CALLS:
+        x = _cache(call)
+        out, lse = new_outputs(x.q, x.v)
+        pattern = Pattern(
+            scaling=call.head_dim**-0.5, window_left=call.window, window_right=0,
+            softcap=call.softcap, sink_tokens=call.sink_tokens,
+        )  # fmt: skip
+        for launch in launches(x, pattern, call.splits, out, lse, arch, UNITS):
+            case = case_from_arguments(
+                kernel=launch.kernel, name=call.name, fn=launch.fn, arguments=launch.arguments,
+                num_warps=launch.num_warps, num_stages=launch.num_stages,
+            )  # fmt: skip
+            what = (
+                case.kernel, dict(case.signature), dict(case.constexprs), case.divisible,
+                case.num_warps, case.num_stages,
+            )  # fmt: skip
+            if what not in seen:
+                seen.append(what)
+                cases.append(case)
+    return cases

@@ -1,0 +1,132 @@
+"""The GPU benchmark as far as a machine without a GPU can take it: shapes, gate, resume, script."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_attn_patch.bench import gpu, rows
+from hf_attn_patch.bench.contenders import CONTENDERS, Shape, eager, ours, sdpa, sdpa_packed
+
+CPU = torch.device("cpu")
+SMALL = Shape(
+    pass_="forward", batch=2, heads_q=4, heads_kv=2, head_dim=32, seq_q=70, seq_k=70, dtype="fp32"
+)
+SHAPES = {
+    "causal": SMALL,
+    "full": replace(SMALL, causal=False),
+    "window": replace(SMALL, window=9),
+    "window-full": replace(SMALL, window=9, causal=False),
+    "cross": replace(SMALL, seq_q=40),
+}
+
+
+def shifted(q, k, v, shape):
+    """Attention one key off: the negative control that the gate must stop."""
+    return ours(q, k.roll(1, dims=1), v.roll(1, dims=1), shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_contenders_agree_with_the_oracle(shape):
+    torch.manual_seed(0)
+    q, k, v = shape.inputs(CPU)
+    for attention in (ours, eager, lambda *a: sdpa(*a, backend=None)):
+        budget = gpu.forward_budget(attention(q, k, v, shape), q, k, v, shape)
+        assert budget.kept, budget
+
+
+def test_packed_decode_agrees_and_refuses_what_it_cannot_do():
+    shape = replace(SMALL, pass_="decode", seq_q=1)
+    q, k, v = shape.inputs(CPU)
+    for attention in (sdpa_packed, CONTENDERS["decode"][rows.OURS]):
+        assert gpu.forward_budget(attention(q, k, v, shape), q, k, v, shape).kept
+    with pytest.raises(ValueError, match="one query"):
+        sdpa_packed(*SMALL.inputs(CPU), SMALL)
+
+
+@pytest.mark.parametrize("pass_", ["forward", "backward"])
+def test_a_wrong_contender_is_not_timed(pass_):
+    shape, report = replace(SMALL, pass_=pass_), gpu.Report()
+    broken = lambda *a: torch.ones(2) @ torch.ones(3)  # noqa: E731
+    field = {rows.OURS: ours, "shifted": shifted, "broken": broken}
+    env = rows.environment()
+    measured = gpu.measure(shape, env, CPU, report, contenders=field, rounds=3)
+    assert [row.impl for row in measured] == [rows.OURS]
+    assert measured[0].timing.p50_ms > 0 and measured[0].tflops > 0
+    assert len(report.wrong) == 1 and " shifted: error" in report.wrong[0]
+    assert len(report.left_out) == 1 and " broken: RuntimeError" in report.left_out[0]
+
+
+def test_nan_is_over_budget():
+    q, k, v = SMALL.inputs(CPU)
+    out = ours(q, k, v, SMALL).clone()
+    out[0, 40, 0, 0] = float("nan")
+    assert not gpu.forward_budget(out, q, k, v, SMALL).kept
+
+
+def test_a_run_stops_at_its_budget_and_goes_on(tmp_path, monkeypatch):
+    out = tmp_path / "gpu.csv"
+    field = {rows.OURS: ours, "eager": eager}
+    monkeypatch.setattr(gpu, "SLICES", {"forward": (SMALL, SHAPES["full"])})
+    monkeypatch.setattr(gpu, "CONTENDERS", {"forward": field})
+    monkeypatch.setattr(gpu, "ceilings", lambda env, device: [])
+    one = gpu.run(["forward"], out=out, device=CPU, budget_s=1e-9)
+    assert one.shapes_left == 2 and not one.rows
+    two = gpu.run(["forward"], out=out, device=CPU)
+    assert two.shapes_left == 0 and len(two.rows) == 4
+    again = gpu.run(["forward"], out=out, device=CPU)
+    assert not again.rows and len(rows.read_rows(out)) == 4
+    with pytest.raises(ValueError, match="unknown slice 'sideways'"):
+        gpu.run(["sideways"], out=out, device=CPU)
+
+
+def test_ceilings_are_rates():
+    matmul, copy = gpu.ceilings(rows.environment(), CPU, scale=256)
+    assert matmul.extra == "matmul" and matmul.tflops > 0 and matmul.gbytes_s is None
+    assert copy.extra == "copy" and copy.gbytes_s > 0 and copy.tflops is None
+
+
+def test_the_shapes_are_those_of_the_published_tables():
+    forward = {(s.head_dim, s.causal, s.seq_q) for s in gpu.SLICES["forward"]}
+    assert {
+        (d, c, s) for d in (64, 128, 256) for c in (True, False) for s in (512, 16384)
+    } <= forward
+    assert all(s.seq_q <= 8192 for s in gpu.SLICES["backward"])
+    assert all(s.seq_q == 1 for s in gpu.SLICES["decode"])
+    everything = [shape for slice_ in gpu.SLICES.values() for shape in slice_]
+    assert len(set(everything)) == len(everything)
+
+
+@pytest.fixture
+def script():
+    path = Path(__file__).parents[1] / "scripts" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("gpu_script", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_the_script_says_that_there_is_no_gpu(fresh_python):
+    done = fresh_python("scripts/gpu.py", "--slice", "forward", check=False)
+    assert done.returncode == 1 and "no GPU" in done.stderr and "make test" in done.stderr
+
+
+@pytest.mark.parametrize("bad", [["--slice", "sideways"], ["--budget", "0"]], ids=" ".join)
+def test_the_script_checks_its_arguments(script, bad, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.main(bad)
+    assert stop.value.code == 2 and bad[0] in capsys.readouterr().err
+
+
+def test_the_script_fails_when_this_package_is_wrong(script, monkeypatch, tmp_path, capsys):
+    wrong = gpu.Report(wrong=[f"forward {rows.OURS}: error 1.0e+00, allowed 1.0e-02"])
+    monkeypatch.setattr(gpu, "run", lambda *a, **k: wrong)
+    assert script.timings(["forward"], tmp_path / "x.csv", 1.0) == 1
+    assert "WRONG" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "run", lambda *a, **k: gpu.Report(left_out=["forward eager: no"]))
+    assert script.timings(["forward"], tmp_path / "x.csv", 1.0) == 0

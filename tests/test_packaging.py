@@ -1,0 +1,298 @@
+"""The house rules: what an import pulls in, who may import whom, what a wheel carries."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import sys
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = {
+    "hf_attn_patch": ROOT / "hf_attn_patch",
+    "hf_attn_kernels": ROOT / "kernels" / "hf_attn_kernels",
+    "hf_attn_converters": ROOT / "converters" / "hf_attn_converters",
+}
+SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+
+# --- what an import pulls in ----------------------------------------------------------------------
+
+WITHOUT_TRITON = "import sys; sys.modules['triton'] = None\n"  # importing it raises ImportError
+NO_TRITON_CAME = (
+    "\nimport sys\nfound = sorted(m for m in sys.modules if m.split('.')[0] == 'triton'"
+    " and sys.modules[m] is not None)\nassert not found, found\n"
+)
+ALL_HELPS = """
+import typer.main, typer.testing
+from hf_attn_patch.cli import app
+
+def commands(command, words=()):
+    yield words
+    for name, child in sorted(getattr(command, "commands", {}).items()):
+        yield from commands(child, (*words, name))
+
+for words in commands(typer.main.get_command(app)):
+    result = typer.testing.CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0, (words, result.output)
+    assert "Usage" in result.output, words
+    print(" ".join(words))
+"""
+
+
+@pytest.mark.parametrize("prepare", ["", WITHOUT_TRITON], ids=["triton-there", "triton-absent"])
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_imports_no_triton(fresh_python, package, prepare):
+    fresh_python(f"{prepare}import {package}{NO_TRITON_CAME}")
+
+
+@pytest.mark.parametrize("prepare", ["", WITHOUT_TRITON], ids=["triton-there", "triton-absent"])
+def test_every_help_works_and_imports_no_triton(fresh_python, prepare):
+    done = fresh_python(f"{prepare}{ALL_HELPS}{NO_TRITON_CAME}")
+    commands = {"list", "check", "generate", "convert", "compare", "bench attention"}
+    assert commands <= set(done.stdout.splitlines())
+
+
+def test_the_probe_sees_triton_when_it_comes(fresh_python):
+    done = fresh_python(f"import triton{NO_TRITON_CAME}", check=False)
+    assert done.returncode != 0 and "AssertionError" in done.stderr
+
+
+def test_attention_on_the_cpu_needs_no_triton(fresh_python):
+    fresh_python(
+        WITHOUT_TRITON + "import torch, hf_attn_kernels as h\n"
+        "q = torch.randn(1, 5, 2, 16, requires_grad=True)\n"
+        "out = h.flash_attn_func(q, q, q, causal=True)\n"
+        "out.sum().backward()\n"
+        "assert out.isfinite().all() and q.grad.isfinite().all()" + NO_TRITON_CAME
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_explains_itself(fresh_python, script):
+    assert "usage" in fresh_python(f"scripts/{script}", "--help").stdout.lower()
+
+
+# --- who may import whom --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportRule:
+    """Absolute imports of one part of the tree; relative ones stay inside a package anyway."""
+
+    part: str  # folder or file below ROOT
+    only: frozenset[str] | None = None  # third-party names it may import, any when None
+    never: frozenset[str] = frozenset()
+    lazily: frozenset[str] = frozenset()  # only inside functions, or under TYPE_CHECKING
+
+
+OURS = frozenset(PACKAGES)
+KERNELS = "kernels/hf_attn_kernels"
+RULES = (
+    # the oracle writes dropout's generator again in numpy, so that it shares nothing with ours
+    ImportRule(part=f"{KERNELS}/reference.py", only=frozenset({"torch", "numpy"})),
+    ImportRule(part=f"{KERNELS}/triton", only=frozenset({"torch", "triton"})),
+    ImportRule(part=KERNELS, only=frozenset({"torch"}), lazily=frozenset({"triton"})),
+    ImportRule(part="converters", never=OURS - {"hf_attn_converters"} | {"triton"}),
+    ImportRule(part="hf_attn_patch/cli", lazily=OURS - {"hf_attn_patch"} | {"torch", "triton"}),
+    ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
+    ImportRule(part="scripts", lazily=frozenset({"torch", "triton", "transformers"})),
+)
+
+
+@dataclass(frozen=True)
+class Import:
+    name: str  # top-level package
+    line: int
+    lazy: bool
+
+
+def absolute_imports(source: str) -> list[Import]:
+    found: list[Import] = []
+
+    def visit(node: ast.AST, lazy: bool) -> None:
+        if isinstance(node, ast.Import):
+            found.extend(Import(a.name.split(".")[0], node.lineno, lazy) for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append(Import((node.module or "").split(".")[0], node.lineno, lazy))
+        inside = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        typing_only = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.iter_child_nodes(node):
+            visit(child, lazy or inside or typing_only)
+
+    visit(ast.parse(source), lazy=False)
+    return found
+
+
+def violations(rule: ImportRule, source: str, where: str) -> list[str]:
+    wrong = []
+    for item in absolute_imports(source):
+        allowed = None if rule.only is None else rule.only | rule.lazily | sys.stdlib_module_names
+        if item.name in rule.never or (allowed is not None and item.name not in allowed):
+            wrong.append(f"{where}:{item.line} imports {item.name}")
+        elif item.name in rule.lazily and not item.lazy:
+            wrong.append(f"{where}:{item.line} imports {item.name} outside a function")
+    return wrong
+
+
+def rule_of(path: str) -> ImportRule:
+    return next(rule for rule in RULES if path == rule.part or path.startswith(rule.part + "/"))
+
+
+def test_packages_import_only_what_they_may():
+    wrong, seen = [], 0
+    for folder in ("kernels", "converters", "hf_attn_patch", "scripts"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            where = path.relative_to(ROOT).as_posix()
+            wrong += violations(rule_of(where), path.read_text(), where)
+            seen += 1
+    assert seen > 30 and not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "path,source,complaint",
+    [
+        (f"{KERNELS}/api.py", "import transformers", "transformers"),
+        (f"{KERNELS}/api.py", "import triton", "triton outside a function"),
+        (f"{KERNELS}/api.py", "from hf_attn_kernels import checks", "hf_attn_kernels"),
+        (f"{KERNELS}/cpu/flash.py", "import numpy", "numpy"),
+        ("converters/hf_attn_converters/x.py", "def f():\n    import hf_attn_patch", "patch"),
+        ("hf_attn_patch/x.py", "from hf_attn_converters import convert", "hf_attn_converters"),
+        ("hf_attn_patch/cli/x.py", "import torch", "torch outside a function"),
+    ],
+)
+def test_the_import_rule_can_be_broken(path, source, complaint):
+    [found] = violations(rule_of(path), source, path)
+    assert complaint in found
+
+
+@pytest.mark.parametrize(
+    "path,source",
+    [
+        (
+            f"{KERNELS}/api.py",
+            "def f():\n    import triton\nfrom . import checks\nimport torch, os",
+        ),
+        (f"{KERNELS}/api.py", "if TYPE_CHECKING:\n    import triton"),
+        ("hf_attn_patch/cli/x.py", "def f():\n    import torch, hf_attn_converters"),
+    ],
+    ids=["in-a-function", "for-types", "in-a-command"],
+)
+def test_the_import_rule_allows(path, source):
+    assert violations(rule_of(path), source, path) == []
+
+
+# --- the folder called kernels --------------------------------------------------------------------
+
+TINY_LOAD = """
+import kernels
+assert hasattr(kernels, "get_kernel"), kernels
+import torch, transformers, hf_attn_patch
+config = transformers.LlamaConfig(
+    vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+    num_attention_heads=2, num_key_value_heads=1,
+)
+transformers.LlamaForCausalLM(config).save_pretrained("{folder}")
+model = transformers.AutoModelForCausalLM.from_pretrained(
+    "{folder}", attn_implementation="triton_fa2"
+)
+assert model(torch.arange(6)[None]).logits.isfinite().all()
+"""
+
+
+@pytest.mark.parametrize("folder", ["kernels", "converters", "tests"])
+def test_source_roots_are_no_packages(folder):
+    assert (ROOT / folder).is_dir() and not (ROOT / folder / "__init__.py").exists()
+
+
+def test_hugging_faces_kernels_library_is_not_shadowed(fresh_python, tmp_path):
+    assert metadata.version("kernels")  # a development requirement: without it nothing is proven
+    fresh_python(TINY_LOAD.format(folder=tmp_path), cwd=ROOT)
+
+
+def test_a_kernels_package_would_shadow_it(fresh_python, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").touch()
+    done = fresh_python(TINY_LOAD.format(folder=tmp_path), cwd=tmp_path, check=False)
+    assert done.returncode != 0 and "kernels" in done.stderr
+
+
+# --- the wheel ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory, fresh_python) -> Path:
+    """The distribution, built from a copy so that the checkout stays clean."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for folder in ("hf_attn_patch", "kernels", "converters", "tests", "scripts"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
+    fresh_python(
+        "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=out
+    )
+    [built] = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_carries_three_packages_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
+    for package, folder in PACKAGES.items():
+        assert f"{package}/py.typed" in names
+        files = {f"{package}/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
+        assert files <= names, files - names
+
+
+def test_the_wheel_works_away_from_the_checkout(wheel, fresh_python, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    [entry_points] = tmp_path.glob("*.dist-info/entry_points.txt")
+    assert "hf-attn = hf_attn_patch.cli:main" in entry_points.read_text()
+    code = "".join(
+        f"import {package}; assert {package}.__file__.startswith({str(tmp_path)!r})\n"
+        for package in PACKAGES
+    )
+    fresh_python(code + NO_TRITON_CAME, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+
+
+# --- versions -------------------------------------------------------------------------------------
+
+
+def quoted(section: str, text: str) -> list[str]:
+    """The strings of the TOML list called `section` (tomllib is not in Python 3.10)."""
+    listed = re.search(rf"^{section} = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
+    assert listed, section
+    return re.findall(r'"([^"]+)"', listed[1])
+
+
+@pytest.mark.parametrize("constraints", ["cpu.txt", "oldest.txt"])
+def test_the_pins_lie_inside_the_supported_ranges(constraints):
+    text = (ROOT / "pyproject.toml").read_text()
+    pins = {}
+    for line in (ROOT / "constraints" / constraints).read_text().splitlines():
+        if line and not line.startswith("#"):
+            pin = Requirement(line)
+            [exact] = pin.specifier
+            pins[pin.name.replace("_", "-")] = exact.version
+    sections = ["dependencies", "gpu"] + (["compare", "dev"] if constraints == "cpu.txt" else [])
+    for wanted in (Requirement(q) for section in sections for q in quoted(section, text)):
+        assert wanted.name in pins, f"{constraints} does not pin {wanted.name}"
+        assert wanted.specifier.contains(pins[wanted.name]), (str(wanted), pins[wanted.name])
+
+
+def test_one_version_number():
+    import hf_attn_patch
+
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and hf_attn_patch.__version__ == version[1]
+    assert f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text()
