@@ -9,13 +9,14 @@ ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
 BIN := $(VENV)/bin/python
-PIP := -m pip --disable-pip-version-check install -q
+PIP := -m pip --disable-pip-version-check install -qq
 
 # Two workers of one thread each: torch's own threads would only fight with them.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 
-.PHONY: setup demo test test-newest test-oldest check format bench results gpu wheel clean
+.PHONY: setup demo test test-newest test-oldest bench results gpu wheel clean
+.PHONY: check check-format check-lint check-types check-readme format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -25,9 +26,10 @@ setup: $(VENV)/.ready
 # without isolation, in the environment that already has setuptools.
 define make_venv
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v >= (3, 10) or sys.exit("$(PYTHON) is Python %d.%d, hf-attn-patch needs 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" % v)'
-	@echo "setting up $(1) (the first time takes a few minutes)"
+	@echo "setting up $(1), which takes a few minutes: torch ..."
 	@$(PYTHON) -m venv $(1)
 	@$(1)/bin/python $(PIP) -c $(2) setuptools wheel torch
+	@echo "setting up $(1): transformers and the rest ..."
 	@$(1)/bin/python $(PIP) -c $(2) --no-build-isolation -e '.$(3)' $(4)
 	@touch $(1)/.ready
 endef
@@ -51,10 +53,18 @@ test-newest: $(VENV)/.ready
 test-oldest: $(OLDEST)/.ready
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) tests/test_registry.py tests/test_masks.py
 
-check: $(VENV)/.ready
+check: check-format check-lint check-types check-readme
+
+check-format: $(VENV)/.ready
 	$(BIN) -m ruff format --check .
+
+check-lint: $(VENV)/.ready
 	$(BIN) -m ruff check .
+
+check-types: $(VENV)/.ready
 	$(BIN) -m mypy
+
+check-readme: $(VENV)/.ready
 	$(BIN) scripts/readme_tables.py --check
 
 format: $(VENV)/.ready

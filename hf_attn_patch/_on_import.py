@@ -1,7 +1,8 @@
 """Registers the implementations as soon as transformers' modelling code is imported, not before.
 
-``transformers.modeling_utils`` imports torch's compiler, which imports Triton: seconds that a command
-line's ``--help`` should not cost. Every model needs that module, so waiting for it is never too late.
+``transformers.modeling_utils`` imports torch's compiler, which imports Triton: seconds that a
+command line's ``--help`` should not cost. Every model needs that module, so waiting for it is never
+too late.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def implementation_of(config: Any) -> str | None:
     return getattr(config, "_attn_implementation", None)
 
 
-# --- mask_function: what transformers composes to say who sees whom ---------------------------------
+# --- mask_function: what transformers composes to say who sees whom ------------------------------
 
 # inner functions have no identity to compare with, only the place they were defined at
 _LEAF_OF = {
@@ -84,7 +84,7 @@ def mask_leaf(function: IndexMask) -> tuple[str, dict[str, Any]]:
     return kind, dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
-# --- what a model's modelling code can take ---------------------------------------------------------
+# --- what a model's modelling code can take ------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ ATTENTION_CLASS = r"^class \w*Attention\w*\(nn\.Module\):"
 
 
 def traits(config: Any) -> Traits:
-    """Traits of the modelling code that belongs to a config; UNKNOWN, the careful answer, if lost."""
+    """Traits of the modelling code that belongs to a config; the careful UNKNOWN if it is lost."""
     found = _TRAITS.get(type(config))
     if found is None:
         name = type(config).__module__.replace("configuration_", "modeling_")
@@ -139,7 +139,7 @@ def _read_traits(module: ModuleType | None) -> Traits:
 
 
 def ignores_interface(model_class: type[PreTrainedModel]) -> bool:
-    """Whether a model class never calls the attention function: transformers' own test, by source."""
+    """Whether a model class never calls the attention function (transformers' own test)."""
     return not model_class._can_set_attn_implementation()
 
 
@@ -163,7 +163,7 @@ def model_class_of(config: Any) -> type[PreTrainedModel] | None:
     ):
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found  # type: ignore[no-any-return]
+            return found[0] if isinstance(found, tuple) else found
     return None
 
 

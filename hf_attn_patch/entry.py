@@ -20,7 +20,7 @@ def fa2_forward(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """``triton_fa2``: query ``[B, Hq, Q, D]``, key and value ``[B, Hkv, K, D]`` to ``[B, Q, Hq, Dv]``.
+    """``triton_fa2``: query ``[B, Hq, Q, D]``, key, value ``[B, Hkv, K, D]`` to ``[B, Q, Hq, Dv]``.
 
     Arguments as transformers documents them for its attention interface.
     """

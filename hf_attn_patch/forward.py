@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
 from torch import Tensor, nn
+
+from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
 
 from . import compat, mask_forms
 from .swa_settings import SwaSettings
@@ -77,8 +78,8 @@ def attend(
         )
     if cache is not None:
         raise ValueError(
-            f"attn_implementation={name!r} got the paged cache of generate_batch, which it does not "
-            "read; use attn_implementation='sdpa' for continuous batching"
+            f"attn_implementation={name!r} got the paged cache of generate_batch, which it does "
+            "not read; use attn_implementation='sdpa' for continuous batching"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = settings.narrow(sliding_window) if causal else sliding_window
@@ -125,7 +126,8 @@ def run(call: Call) -> Tensor:
     padding = visible.padding
     if padding is not None and padding.shape[0] != q.shape[0]:
         padding = padding.expand(q.shape[0], -1)
-    out: Tensor = flash_attn_func(q, k, v, bias=bias, key_padding_mask=padding, **common)
+    out = flash_attn_func(q, k, v, bias=bias, key_padding_mask=padding, **common)
+    assert isinstance(out, Tensor)  # no log-sum-exp was asked for
     return out.contiguous()
 
 
@@ -149,18 +151,17 @@ def _run_packed(
 ) -> Tensor:
     if call.position_bias is not None:
         raise ValueError(
-            "packed sequences with a position bias are not possible: the bias has no place for where "
-            "each sequence begins. Pad the batch instead of packing it."
+            "packed sequences with a position bias are not possible: the bias has no place for "
+            "where each sequence begins. Pad the batch instead of packing it."
         )
-    if call.cu_seqlens_q is not None:
+    offsets_q = offsets_k = visible.offsets
+    longest_q = longest_k = visible.longest
+    if call.cu_seqlens_q is not None:  # they overrule whatever mask was made beside them
         offsets_q, offsets_k = call.cu_seqlens_q, call.cu_seqlens_k
         longest_q, longest_k = call.max_seqlen_q, call.max_seqlen_k
-        common = common | _band(call)  # the offsets overrule whatever mask was made beside them
-    else:
-        offsets_q = offsets_k = visible.offsets
-        longest_q = longest_k = visible.longest
+        common = common | _band(call)
     assert offsets_q is not None and offsets_k is not None
-    out: Tensor = flash_attn_varlen_func(
+    out = flash_attn_varlen_func(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
@@ -170,6 +171,7 @@ def _run_packed(
         longest_k,
         **common,
     )
+    assert isinstance(out, Tensor)
     return out.view(*q.shape[:-1], v.shape[-1])
 
 

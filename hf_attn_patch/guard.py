@@ -72,8 +72,9 @@ def refuse_config(config: Any, name: str) -> None:
     model_type = getattr(config, "model_type", "")
     if model_type not in ADAPTERS and not compat.traits(config).interface:
         raise ValueError(
-            f"a model of type {model_type!r} cannot use attn_implementation={name!r}: its code never "
-            f"calls the attention function. Instead: {INSTEAD.get(model_type, DEFAULT_INSTEAD)}."
+            f"a model of type {model_type!r} cannot use attn_implementation={name!r}: its code "
+            "never calls the attention function. Instead: "
+            f"{INSTEAD.get(model_type, DEFAULT_INSTEAD)}."
         )
 
 
@@ -96,8 +97,8 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     if refused is not None:
         reason, fix = refused
         raise ValueError(
-            f"attn_implementation={wanted!r} is refused: {reason}. Instead: {fix}. If it is one part "
-            "of a larger model, name an implementation for each part, such as "
+            f"attn_implementation={wanted!r} is refused: {reason}. Instead: {fix}. If it is one "
+            "part of a larger model, name an implementation for each part, such as "
             f'attn_implementation={{"text_config": "{wanted}", "": "eager"}}.'
         )
     compat.learn_traits(module)

@@ -2,16 +2,16 @@
 
 A mask travels through the model as one tensor or None, so its shape and dtype say what it means:
 
-========================  =========================================================================
+========================  ========================================================================
 None                      causal and windowed as the layer says, nothing hidden
 bool ``[B, L]``           the same, keys where it is False hidden; only the first L keys take part
 bool ``[B, 1, 1, K]``     it says all there is to say, and the same for every query
 any ``[B|1, H|1, Q, K]``  it says all there is to say; bool (True = keep) or added to the scores
 int32 ``[L, R + 1]``      R packed sequences, each row their offsets; the longest has L tokens
-========================  =========================================================================
+========================  ========================================================================
 
-Where nothing is hidden but the form needs a tensor, it is one True expanded: strides of 0 say so, and
-whoever copies it loses speed, not meaning.
+Where nothing is hidden but the form needs a tensor, it is one True expanded: strides of 0 say so,
+and whoever copies it loses speed, not meaning.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def read(mask: Tensor | None, key_length: int) -> Visible:
     )
     if not known:
         raise ValueError(
-            f"attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype} is not understood; "
-            "possible: bool [batch, keys], or bool (True = keep) or floating (added) "
+            f"attention mask of shape {tuple(mask.shape)} and dtype {mask.dtype} is not "
+            "understood; possible: bool [batch, keys], or bool (True = keep) or floating (added) "
             "[batch|1, heads|1, queries|1, keys]"
         )
     if columns > key_length:

@@ -3,8 +3,9 @@
 They answer in the compact forms of :mod:`.mask_forms` wherever the pattern is one that the kernels
 know, and build a dense mask only where it is not, saying so once.
 
-Trap worth knowing: generating with a static cache, transformers calls this twice and passes the first
-answer in as ``attention_mask`` of the second call, so a 2D answer must also be a valid question.
+Trap worth knowing: generating with a static cache, transformers calls this twice and passes the
+first answer in as ``attention_mask`` of the second call, so a 2D answer must also be a valid
+question.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def _causal(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor |
     if settings.sinks and r.kv_offset > 0:
         raise ValueError(
             "triton_swa keeps the first tokens (sinks), but this cache has dropped them. Pass "
-            "past_key_values=hf_attn_patch.RollingCache(model.config), or call configure_swa(model, "
-            "...) again: it makes generate() use one."
+            "past_key_values=hf_attn_patch.RollingCache(model.config), or call "
+            "configure_swa(model, ...) again: it makes generate() use one."
         )
     wants_dense = not r.causal_skip and getattr(r.config, "model_type", None) not in ADAPTERS
     if reach is None or wants_dense:
@@ -113,8 +114,12 @@ def _bidirectional(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> T
         return _dense(r, settings, pattern)
     padding = _padding(r, r.kv_offset, r.kv_length)
     if pattern.window is not None and pattern.window < max(r.q_length, r.kv_length):
-        aligned = r.q_length == r.kv_length and not isinstance(r.q_offset, Tensor)
-        aligned = aligned and r.q_offset == r.kv_offset and not causal_layers
+        aligned = (
+            r.q_length == r.kv_length
+            and isinstance(r.q_offset, int)
+            and r.q_offset == r.kv_offset
+            and not causal_layers
+        )
         if not (aligned and traits.window_is_exclusive and _takes_compact(r, pattern)):
             return _dense(r, settings, pattern)
         return padding
@@ -140,7 +145,9 @@ def _padding(r: MaskRequest, start: int, length: int) -> Tensor | None:
     """``[B, length]`` from position `start`, None if nothing is hidden."""
     if r.attention_mask is None:
         return None
-    mask = r.attention_mask[:, start : start + length]
+    mask = r.attention_mask
+    if not (start and mask.shape[1] == length):  # else it is our own answer, cropped before
+        mask = mask[:, start : start + length]
     if mask.shape[1] < length:
         mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
     # looking waits for a GPU: worth it once per prompt, not at every step
@@ -154,20 +161,21 @@ def _dense(r: MaskRequest, settings: SwaSettings, pattern: Pattern | None) -> Te
     """``[B, 1, Q, K]`` bool, as transformers builds it for sdpa, narrowed by the settings."""
     if r.q_length > 1 and not torch.compiler.is_compiling():
         logger.warning_once(
-            f"hf_attn_patch: a model of type {getattr(r.config, 'model_type', '?')!r} asks for a mask "
-            "that the kernels do not know as a pattern; a dense one is built for it, which takes "
-            "memory for every query and key. The result is the same."
+            f"hf_attn_patch: a model of type {getattr(r.config, 'model_type', '?')!r} asks for a "
+            "mask that the kernels do not know as a pattern; a dense one is built for it, which "
+            "takes memory for every query and key. The result is the same."
         )
     function = r.mask_function
     if settings.window is not None and (pattern is None or pattern.causal):
         function = sinks.narrowed(r, settings, pattern)
     reach = _reach(r) if settings.sinks else None
-    rolled = reach is not None and r.kv_offset == 0 and reach > r.kv_length
-    mask: Tensor = compat.sdpa_mask(
+    rolled = r.kv_offset == 0 and reach is not None and reach > r.kv_length
+    total = reach if rolled and reach is not None else r.kv_length
+    mask = compat.sdpa_mask(
         batch_size=r.batch_size,
         q_length=r.q_length,
-        kv_length=reach if rolled else r.kv_length,
-        q_offset=r.q_offset,
+        kv_length=total,
+        q_offset=r.q_offset,  # type: ignore[arg-type]  # a static cache gives a tensor
         kv_offset=r.kv_offset,
         mask_function=function,
         attention_mask=r.attention_mask,
@@ -176,7 +184,7 @@ def _dense(r: MaskRequest, settings: SwaSettings, pattern: Pattern | None) -> Te
         use_vmap=r.use_vmap,
         device=r.device,
     )
+    assert mask is not None  # it is left out only where skipping is allowed
     if rolled:
-        assert reach is not None
-        return sinks.rolled_columns(r, reach, settings.sinks).gather_dense(mask)
+        return sinks.rolled_columns(r, total, settings.sinks).gather_dense(mask)
     return mask

@@ -24,9 +24,9 @@ class Pattern:
 class MaskRequest:
     """What transformers says when it asks for a mask; names and meanings are its own.
 
-    Query i stands at position ``q_offset + i``, key j at ``kv_offset + j``. ``attention_mask`` is the
-    padding ``[B, positions]`` (True = token), ``local_size`` the window or chunk. A bidirectional
-    request is known by ``bidirectional_skip`` being given at all.
+    Query i stands at position ``q_offset + i``, key j at ``kv_offset + j``. ``attention_mask`` is
+    the padding ``[B, positions]`` (True = token), ``local_size`` the window or chunk. That the mask
+    is bidirectional is known by ``bidirectional_skip`` being given at all.
     """
 
     batch_size: int
@@ -45,7 +45,7 @@ class MaskRequest:
 
 
 def read_pattern(request: MaskRequest) -> Pattern | None:
-    """The pattern of a request, None when it is none that the kernels know (chunks, images, ...)."""
+    """The pattern of a request, None if it is none that the kernels know (chunks, images, ...)."""
     if request.use_vmap:  # a mask function of the model's or the user's own is composed in
         return None
     if torch.compiler.is_compiling():
@@ -100,7 +100,7 @@ def _intersection(functions: list[compat.IndexMask]) -> Pattern | None:
 
 def _from_arguments(request: MaskRequest) -> Pattern | None:
     # The compiler cannot look into closures, but the arguments tell the simple cases apart. Packing
-    # and blocks come with causal_skip off, and so do decoding steps, for which a dense mask is small.
+    # and blocks come with causal_skip off, and so do decoding steps, whose dense mask is small.
     if request.bidirectional_skip is not None:
         return Pattern(causal=False, window=request.local_size)
     chunk = getattr(request.config, "attention_chunk_size", None)

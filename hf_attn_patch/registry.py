@@ -1,7 +1,7 @@
 """The implementations, each described in one place. Read this file first.
 
-To add one: write its forward (:mod:`.forward`) and its mask function (:mod:`.masks`), give both a door
-in :mod:`.entry`, add a literal to ``IMPLEMENTATIONS``. Importing this file imports no torch.
+To add one: write its forward (:mod:`.forward`) and its mask function (:mod:`.masks`), give both a
+door in :mod:`.entry`, add a literal to ``IMPLEMENTATIONS``. Importing this file imports no torch.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ IMPLEMENTATIONS: tuple[AttentionImpl, ...] = (
     ),
     AttentionImpl(
         name="triton_swa",
-        summary="the same with a sliding window on any causal model; first tokens kept, rolling cache",
+        summary="the same with a window on any causal model, first tokens kept, a rolling cache",
         forward=entry.swa_forward,
         mask=entry.swa_mask,
         supports=Capabilities(sink_tokens=True, rolling_cache=True),

@@ -67,7 +67,7 @@ class Requirements:
     devices: tuple[DeviceRequirement, ...]
 
     def check(self, device_type: str) -> Verdict:
-        """Verdict for a torch device type such as ``"cuda"`` (ROCm's too), ``"xpu"`` or ``"cpu"``."""
+        """Verdict for a torch device type: ``"cuda"`` (ROCm's too), ``"xpu"``, ``"cpu"`` ..."""
         for requirement in self.devices:
             if requirement.device == device_type:
                 return requirement.check()

@@ -1,6 +1,7 @@
 """Kept first tokens: where they stand in a padded row, and in a cache that has dropped the rest.
 
-S below counts sinks, ``columns`` are positions in the padded batch, as the 2D attention mask has them.
+S below counts sinks, ``columns`` are positions in the padded batch, as the 2D attention mask has
+them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def sink_columns(mask: Tensor, sinks: int) -> Tensor:
 
 
 def head_slots(columns: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """Which sink stands in each of a rolled cache's S head slots: ``[B, S]`` numbers, and if any does.
+    """Which sink stands in each of a rolled cache's S head slots, and whether any does: ``[B, S]``.
 
     Only sinks whose column is before `start` do; the others are still in the tail. They are pushed
     to the right, so that a row's visible keys are one stretch.
@@ -52,7 +53,7 @@ class RolledColumns:
     length: int  # keys held, sinks with them
 
     def gather(self, padding: Tensor | None) -> Tensor | None:
-        """``[B, total]`` padding to ``[B, length]`` in the cache's order; None if nothing is hidden."""
+        """``[B, total]`` padding to ``[B, length]`` in the cache's order; None: nothing hidden."""
         if padding is None:
             return None
         columns, filled = self._head(padding.shape[1])

@@ -27,9 +27,9 @@ def configure_swa(model: Any, *, window: int | None = None, sinks: int = 0) -> S
     row (StreamingLLM, Xiao et al. 2023; positions stay the absolute ones). Layers with a narrower
     window of their own keep theirs. The settings are saved with the model's config.
 
-    ``model.generate()`` holds only sinks + window keys from then on: a forward pre-hook on this model
-    turns the empty cache that it brings into a rolling one. Static and quantized caches, and those of
-    encoder-decoder models, stay as they are. Calling it again replaces the settings.
+    ``model.generate()`` holds only sinks + window keys from then on: a forward pre-hook on this
+    model turns the empty cache that it brings into a rolling one. Static and quantized caches, and
+    those of encoder-decoder models, stay as they are. Calling it again replaces the settings.
 
     Args:
         model: a transformers model loaded with ``attn_implementation="triton_swa"``.
@@ -37,7 +37,7 @@ def configure_swa(model: Any, *, window: int | None = None, sinks: int = 0) -> S
         sinks: first tokens to keep, 0 or more.
 
     Raises:
-        ValueError: another implementation, no causal layer, no window known, or numbers out of range.
+        ValueError: another implementation, no causal layer, no window, or numbers out of range.
     """
     config = getattr(model, "config", None)
     if not isinstance(model, compat.PreTrainedModel) or config is None:
@@ -54,8 +54,8 @@ def configure_swa(model: Any, *, window: int | None = None, sinks: int = 0) -> S
         window = getattr(text, "sliding_window", None)
         if window is None:
             raise ValueError(
-                f"the config of this {text.model_type!r} model has no sliding_window: pass one, such "
-                "as configure_swa(model, window=4096)"
+                f"the config of this {text.model_type!r} model has no sliding_window: pass one, "
+                "such as configure_swa(model, window=4096)"
             )
     if not any(getattr(module, "is_causal", False) for module in model.modules()):
         raise ValueError(
@@ -81,9 +81,9 @@ def _configs(model: compat.PreTrainedModel) -> list[Any]:
 
 
 def _roll_cache(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: an empty growing cache becomes a rolling one, which learns of the padding."""
+    """Forward pre-hook: an empty growing cache becomes a rolling one and learns of the padding."""
     if torch.compiler.is_compiling():
         return None
     config = model.config.get_text_config(decoder=True)
@@ -137,6 +137,6 @@ def _refuse_rolled(cache: Any, name: str | None) -> None:
     layers = getattr(cache, "layers", ())
     if any(isinstance(layer, RollingLayer) and layer.sinks for layer in layers):
         raise ValueError(
-            f"this cache keeps first tokens for attn_implementation='triton_swa', and the model now "
-            f"has {name!r}; start over with a new cache"
+            "this cache keeps first tokens for attn_implementation='triton_swa', and the model "
+            f"now has {name!r}; start over with a new cache"
         )

@@ -1,4 +1,4 @@
-"""The window and the kept first tokens that ``triton_swa`` was given, kept on the model's config."""
+"""The window and the kept first tokens that ``triton_swa`` was given; they live on the config."""
 
 from __future__ import annotations
 

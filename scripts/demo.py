@@ -18,7 +18,10 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from hf_attn_converters import convert
+from hf_attn_converters.checkpoint import open_checkpoint
 from hf_attn_patch.cli.common import print_table, progress_bar
 from hf_attn_patch.compare import (
     CompareOptions,
@@ -153,22 +156,13 @@ def convert_shown(source: Path, target: Path, kv_heads: int) -> None:
 
 
 def largest_difference(one: Path, other: Path) -> tuple[int, float]:
-    """(tensors, largest absolute difference) of two single-file checkpoints, tensor by tensor."""
-    from safetensors import safe_open
-
-    largest = 0.0
-    with (
-        safe_open(one / "model.safetensors", framework="pt") as a,
-        safe_open(other / "model.safetensors", framework="pt") as b,
-    ):
-        if set(a.keys()) != set(b.keys()):
-            raise DemoFailed(f"{one.name} and {other.name} hold different tensors")
-        for name in a.keys():  # noqa: SIM118  not a dict
-            x, y = a.get_tensor(name), b.get_tensor(name)
-            if x.shape != y.shape or x.dtype != y.dtype:
-                raise DemoFailed(f"{name}: {x.shape} {x.dtype} became {y.shape} {y.dtype}")
-            largest = max(largest, (x.double() - y.double()).abs().max().item())
-        return len(a.keys()), largest
+    """(tensors, largest absolute difference) of two checkpoints, tensor by tensor."""
+    a, b = open_checkpoint(one), open_checkpoint(other)
+    infos = {info.name: info for info in a}
+    if infos != {info.name: info for info in b}:
+        raise DemoFailed(f"{one.name} and {other.name} hold different tensors, shapes or dtypes")
+    gaps = [(a.read(name).double() - b.read(name).double()).abs().max() for name in infos]
+    return len(gaps), torch.stack(gaps).max().item()  # NaN, should there be one, stays NaN
 
 
 def heading(text: str) -> None:

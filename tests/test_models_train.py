@@ -14,7 +14,7 @@ ALL = having(lambda spec: True)
 def step(
     spec: TinyModel, implementation: str, checkpointing: bool = False
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients of one step on a padded batch; dropout is off so that two can be compared."""
+    """Loss and gradients of one step on a padded batch, without dropout, so that two compare."""
     model = copy.deepcopy(build(spec, implementation))
     model.train()
     for module in model.modules():
@@ -45,7 +45,7 @@ def assert_same_step(
     for name, expected in theirs[1].items():
         scale = expected.abs().max().clamp(min=1e-6)
         gap = float((ours[1][name] - expected).abs().max() / scale)
-        # a gradient that is zero but for rounding (a bias of keys) has no relative error to speak of
+        # a gradient that is zero but for rounding (a bias of keys) has no relative error
         if float(scale) > 1e-5:
             assert gap < 2e-4, f"gradient of {name} differs by {gap:.1e} of its largest entry"
 

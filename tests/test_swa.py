@@ -1,4 +1,4 @@
-"""triton_swa against eager with the same mask written out, and its cache against a bound on memory."""
+"""triton_swa against eager with the same mask written out, and its cache against a bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import (
-    PAD,
     TinyModel,
     assert_close,
     build,
@@ -236,7 +235,7 @@ def test_negative_control_a_window_off_by_one_is_seen() -> None:
     assert worst(ours, eager_logits(LLAMA, inputs, 5, 1)) > 1e-2
 
 
-# --- bad input -------------------------------------------------------------------------------------
+# --- bad input ----------------------------------------------------------------------------------
 
 
 def test_without_a_window_it_says_what_to_do() -> None:
@@ -311,7 +310,3 @@ def test_taking_back_more_than_is_held() -> None:
     layer.crop(-3)
     assert layer.get_seq_length() == 18
     assert layer.keys.shape[-2] == 3
-
-
-def test_padding_token_of_the_fixture() -> None:
-    assert PAD == 0 and build(LLAMA, "triton_swa").config.pad_token_id == PAD

@@ -1,11 +1,11 @@
 """A KV cache that holds each row's first tokens and the window, whatever the length: O(window).
 
 What a layer holds is ``[S sinks | everything from column `start` on]``; S is 0 until something has
-been dropped. The tail ends at the last token, so causality and windows, aligned to the bottom right,
-need no change; the mask is gathered in the same order by :mod:`..sinks`.
+been dropped. The tail ends at the last token, so causality and windows, aligned to the bottom
+right, need no change; the mask is gathered in the same order by :mod:`..sinks`.
 
-The tail exceeds the window by `slack` to 2 `slack` tokens: dropping copies the window, and so happens
-once in `slack` steps, and assisted generation can take back what was not accepted.
+The tail exceeds the window by `slack` to 2 `slack` tokens: dropping copies the window, and so
+happens once in `slack` steps, and assisted generation can take back what was not accepted.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from ..swa_settings import SwaSettings, required
 SLACK = 64
 
 
-class RollingLayer(DynamicLayer):  # type: ignore[misc]
+class RollingLayer(DynamicLayer):
     """One layer: keys ``[B, Hkv, held, D]`` and values ``[B, Hkv, held, Dv]``."""
 
     is_croppable = True
+    # transformers says "or None until the first update"; there is no reading before it
+    keys: Tensor
+    values: Tensor
 
     def __init__(
         self, window: int, sinks: int = 0, *, is_sliding: bool = False, slack: int = SLACK
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = is_sliding  # transformers' word for "the model's own config slides it"
         self.window = window
         self.sinks = sinks
@@ -161,13 +164,13 @@ class RollingLayer(DynamicLayer):  # type: ignore[misc]
             self.sink_columns = self.sink_columns[indices, ...]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         if self.sink_columns is not None:
             rows = beam_idx.to(self.sink_columns.device)
             self.sink_columns = self.sink_columns.index_select(0, rows)
 
 
-class RollingCache(Cache):  # type: ignore[misc]
+class RollingCache(Cache):
     """The cache that ``triton_swa`` needs for memory O(window).
 
     ``configure_swa`` makes ``generate()`` use one by itself; make one for your own loop:
@@ -185,8 +188,9 @@ class RollingCache(Cache):  # type: ignore[misc]
         name = implementation_of(config)
         if name != "triton_swa":
             raise ValueError(
-                f"RollingCache works with attn_implementation='triton_swa', this model has {name!r}: "
-                "others would attend to keys at wrong positions. Use transformers' DynamicCache."
+                f"RollingCache works with attn_implementation='triton_swa', this model has "
+                f"{name!r}: others would attend to keys at wrong positions. Use transformers' "
+                "DynamicCache."
             )
         super().__init__(layers=rolling_layers(config, required(config)))
 

@@ -90,7 +90,7 @@ def load(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; possible: {', '.join(DTYPES)}")
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()
     choice = {"attn_implementation": spec.implementation} if spec.implementation else {}
     start = time.perf_counter()
     try:

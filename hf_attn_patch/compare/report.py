@@ -43,7 +43,7 @@ def _generation(comparison: Comparison) -> dict[str, list[str]]:
     found = comparison.generation
     if not found:
         return {}
-    source, *others = found
+    others = found[1:]
     return {
         "greedy same": [
             "",

@@ -1,7 +1,7 @@
 """Falcon: its attention is a class chosen from a plain dict, so ours is put into that dict.
 
-transformers' own repeats K and V to every query head before it caches them; this one caches only the
-heads that exist (16 times less for falcon-40b). Three layouts of the fused projection:
+transformers' own repeats K and V to every query head before it caches them; this one caches only
+the heads that exist (16 times less for falcon-40b). Three layouts of the fused projection:
 
 =======================  ====================================  =====================
 ``new_decoder_...``      ``[kv heads, group + 2, head_dim]``   GQA (falcon-40b, 180b)
@@ -32,10 +32,10 @@ def remove(name: str) -> None:
         _classes().pop(name, None)
 
 
-def _classes() -> dict[str, type]:
+def _classes() -> dict[str, Any]:
     from transformers.models.falcon import modeling_falcon
 
-    classes: dict[str, type] = modeling_falcon.FALCON_ATTENTION_CLASSES
+    classes: dict[str, Any] = modeling_falcon.FALCON_ATTENTION_CLASSES
     return classes
 
 
@@ -61,7 +61,7 @@ def _attention_class(name: str) -> type:
     from ..forward import Call, run
     from ..swa_settings import OWN_WINDOWS, required
 
-    class HfAttnFalconAttention(FalconAttention):  # type: ignore[misc]
+    class HfAttnFalconAttention(FalconAttention):
         """FalconAttention over the kernels; same weights, a cache of KV heads only."""
 
         def forward(
@@ -77,9 +77,10 @@ def _attention_class(name: str) -> type:
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
             """hidden_states ``[B, Q, hidden]``; alibi ``[B * H, 1, K]``; same shape back."""
-            interleaved = self.new_decoder_architecture or not self.multi_query
+            interleaved = bool(self.new_decoder_architecture or not self.multi_query)
+            kv_heads = int(self.num_kv_heads or self.num_heads)
             q, k, v = split_heads(
-                self.query_key_value(hidden_states), self.num_kv_heads, self.head_dim, interleaved
+                self.query_key_value(hidden_states), kv_heads, self.head_dim, interleaved
             )
             if alibi is None:
                 assert position_embeddings is not None

@@ -40,7 +40,7 @@ def blocks(work: Work, scoring: Scoring, groups: int) -> Iterator[Block]:
         return query_blocks(work, scoring, rows=work.query_count or 1, tile_keys=work.key_count or 1)
     keys = max(work.key_count, 1)
     if plain:
-        rows = min(max(WINDOW_ROWS // groups, 64), 128)
+        rows = min(max(WINDOW_ROWS // groups, 32), 128)
     else:
         mask_heads = 1 if scoring.alibi_slopes is None else scoring.alibi_slopes.shape[1]
         if scoring.bias is not None:
@@ -52,7 +52,8 @@ def blocks(work: Work, scoring: Scoring, groups: int) -> Iterator[Block]:
 def forward(
     ctx: Context, work: Work, block: Block, q: Tensor, k: Keys, v: Keys
 ) -> tuple[Tensor, Tensor]:
-    """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hq, m, D]``, lse ``[b, Hq, m]``."""
+    """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hkv, G, m, D]``, lse the same
+    without D."""
     assert block.tiles  # a block that sees nothing is the caller's
     parts = []
     for tile in block.tiles:
@@ -82,10 +83,15 @@ def _tile_forward(
         q = q.reshape(batch, k.shape[1], groups * m, dim)
         add = None if add is None else _pack_mask(add, groups)
     out, lse = _forward(q, k, v, 0.0, kind is Kind.CAUSAL, attn_mask=add, scale=scaling)
-    if pack:
-        out, lse = out.reshape(batch, heads, m, dim), lse.reshape(batch, heads, m)
+    if pack:  # a view: copying waits until it is written to its place
+        out = out.view(batch, k.shape[1], groups, m, dim)
+        lse = lse.reshape(batch, k.shape[1], groups, m)
+    else:
+        out, lse = (x.unflatten(1, (k.shape[1], groups)) for x in (out, lse))
     if mask is not None and mask.dead is not None:  # the kernel's answer for those is 0
-        lse = lse.masked_fill(mask.dead[..., 0], float("-inf"))
+        dead = mask.dead[..., 0]  # [1 | b, 1 | Hq, m]
+        dead = dead.unsqueeze(2) if dead.shape[1] == 1 else dead.unflatten(1, (-1, groups))
+        lse = lse.masked_fill(dead, float("-inf"))
     return out, lse
 
 

@@ -51,8 +51,8 @@ class _Scores:
 def forward(
     ctx: Context, work: Work, block: Block, q: Tensor, k: Keys, v: Keys
 ) -> tuple[Tensor, Tensor]:
-    """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hq, m, Dv]``, lse ``[b, Hq, m]``,
-    both in the dtype of sums."""
+    """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hkv, G, m, Dv]``, lse the same
+    without Dv, both in the dtype of sums."""
     assert block.tiles  # a block that sees nothing is the caller's
     batch, m, heads, _ = q.shape
     heads_kv = k.shape[2]
@@ -79,7 +79,8 @@ def forward(
     empty = total == 0
     out = acc.div_(total.masked_fill_(empty, 1.0))
     lse = total.log_().add_(peak)  # peak is -inf where the row saw nothing
-    return out.view(batch, heads, m, -1), lse.view(batch, heads, m)
+    by_head = (batch, heads_kv, heads // heads_kv, m)
+    return out.view(*by_head, -1), lse.view(by_head)
 
 
 def backward(

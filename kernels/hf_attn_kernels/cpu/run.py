@@ -60,10 +60,11 @@ def forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
                 lse[work.rows, :, part] = float("-inf")
                 continue
             o, ell = run(ctx, work, block, q[:, block.q0 : block.q1], k, v)
+            grouped = o.shape[1:3]  # Hkv, G
             if call.s_aux is not None:
-                o, ell = _with_sink(o, ell, call.s_aux)
-            out[work.rows, part] = o.transpose(1, 2)
-            lse[work.rows, :, part] = ell
+                o, ell = _with_sink(o, ell, call.s_aux.view(*grouped, 1))
+            out[work.rows, part].unflatten(2, grouped).copy_(o.permute(0, 3, 1, 2, 4))
+            lse[work.rows, :, part].unflatten(1, grouped).copy_(ell)
     if call.s_aux is not None:  # rows without keys still have the sink in their denominator
         lse = torch.where(torch.isneginf(lse), call.s_aux.to(dtype)[:, None], lse)
     return out, lse
@@ -153,7 +154,7 @@ def _split(call: Call, engine: str) -> Iterator[Work]:
 
 
 def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:
-    """One more logit per head in the denominator: out ``[b, Hq, m, Dv]``, lse ``[b, Hq, m]``."""
-    total = torch.logaddexp(lse, s_aux.to(lse.dtype)[:, None])
+    """One more logit per head in the denominator: out ``[b, Hkv, G, m, Dv]``, s_aux ``[Hkv, G, 1]``."""
+    total = torch.logaddexp(lse, s_aux.to(lse.dtype))
     safe = total.masked_fill(torch.isneginf(total), 0.0)
     return out.to(lse.dtype) * (lse - safe).exp()[..., None], total

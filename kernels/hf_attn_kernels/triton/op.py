@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from ..problem import Pattern, Problem
+from .decode import decode_dense, serves_dense
 from .launch import Inputs, Shape, run_backward, run_forward
 
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     """Run `problem` on Triton: out like q with v's head_dim, and the natural log-sum-exp (float32)."""
+    if serves_dense(problem):
+        return decode_dense(problem)
     p, pattern = problem, problem.pattern
     out, lse = attention_forward(
         p.q,

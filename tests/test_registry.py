@@ -1,0 +1,280 @@
+"""Names: registering, refusing, taking back, and what check() says. Also run on transformers 5.17."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import EVERY, LLAMA_LIKE, build, logits, tokens
+
+import hf_attn_patch
+from hf_attn_patch import Accepted, Rejected, check, entry
+from hf_attn_patch.requirements import DeviceRequirement
+
+NAMES = ("triton_fa2", "triton_swa")
+LLAMA = next(spec for spec in EVERY if spec.id == "llama")
+
+
+@pytest.fixture
+def registered_again() -> Iterator[None]:
+    yield
+    hf_attn_patch.register()
+
+
+def tables() -> list[dict[str, Any]]:
+    return [table for _, table in entry.interfaces()]
+
+
+def tiny_llama(**options: Any) -> Any:
+    config = transformers.LlamaConfig(**LLAMA_LIKE)
+    return transformers.AutoModelForCausalLM.from_config(config, **options)
+
+
+# --- registering ----------------------------------------------------------------------------------
+
+
+def test_import_registers_attention_and_mask() -> None:
+    assert [impl.name for impl in hf_attn_patch.list_implementations()] == list(NAMES)
+    for name in NAMES:
+        assert all(name in table for table in tables())
+        assert hf_attn_patch.is_registered(name)
+
+
+def test_register_is_idempotent() -> None:
+    before = [dict(table) for table in tables()]
+    hf_attn_patch.register()
+    hf_attn_patch.register(["triton_fa2"])
+    assert [dict(table) for table in tables()] == before
+
+
+def test_unregister_and_register(registered_again: None) -> None:
+    hf_attn_patch.unregister(["triton_fa2"])
+    assert not hf_attn_patch.is_registered("triton_fa2")
+    assert hf_attn_patch.is_registered("triton_swa")
+    with pytest.raises(ValueError, match="is not supported"):
+        tiny_llama(attn_implementation="triton_fa2")
+    verdict = check(transformers.LlamaConfig())
+    assert isinstance(verdict, Rejected) and "register()" in verdict.fix
+    hf_attn_patch.unregister()
+    assert all(name not in table for table in tables() for name in NAMES)
+    hf_attn_patch.register()
+    tiny_llama(attn_implementation="triton_fa2")
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["attention", "mask"])
+def test_a_name_of_somebody_else_is_not_overwritten(kind: int, registered_again: None) -> None:
+    def theirs(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    hf_attn_patch.unregister()
+    tables()[kind]["triton_swa"] = theirs
+    try:
+        with pytest.raises(ValueError, match=r"triton_swa.*already registered.*theirs"):
+            hf_attn_patch.register()
+        assert all("triton_fa2" not in table for table in tables()), "half a registration"
+        hf_attn_patch.unregister()
+        assert tables()[kind]["triton_swa"] is theirs
+    finally:
+        del tables()[kind]["triton_swa"]
+
+
+@pytest.mark.parametrize("call", [hf_attn_patch.register, hf_attn_patch.unregister])
+def test_unknown_name(call: Any) -> None:
+    with pytest.raises(ValueError, match="possible: triton_fa2, triton_swa"):
+        call(["triton_fa3"])
+
+
+def test_name_can_be_set_and_changed_at_run_time() -> None:
+    model = tiny_llama(attn_implementation="eager").eval()
+    ids = tokens(2, 9)
+    with torch.no_grad():
+        eager = model(ids).logits
+        model.set_attn_implementation("triton_fa2")
+        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_each_part_can_have_its_own() -> None:
+    from transformers import GotOcr2Config, LlavaConfig, LlavaForConditionalGeneration
+
+    assert GotOcr2Config is not None
+    config = LlavaConfig(
+        text_config=transformers.LlamaConfig(**LLAMA_LIKE),
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+        ),
+    )
+    parts = {"text_config": "triton_fa2", "vision_config": "eager", "": "sdpa"}
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=parts)
+    assert model.config.text_config._attn_implementation == "triton_fa2"
+    assert model.config.vision_config._attn_implementation == "eager"
+
+
+# --- models that cannot take it -------------------------------------------------------------------
+
+IGNORING = {
+    "bloom": ("BloomForCausalLM", {"hidden_size": 32, "n_layer": 1, "n_head": 2}),
+    "mpt": ("MptForCausalLM", {"d_model": 32, "n_layers": 1, "n_heads": 2}),
+    "codegen": ("CodeGenForCausalLM", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
+    "gptj": ("GPTJForCausalLM", {"n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}),
+    "deberta-v2": (
+        "DebertaV2ForMaskedLM",
+        {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+    ),
+    "mamba": ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("model_type", IGNORING)
+def test_a_model_that_would_ignore_the_name_is_refused_at_load(model_type: str, name: str) -> None:
+    class_name, arguments = IGNORING[model_type]
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=32, **arguments)
+    with pytest.raises(ValueError, match=rf"{name}.* refused.*[Ii]nstead: load it with"):
+        getattr(transformers, class_name)._from_config(config, attn_implementation=name)
+    verdict = check(config, "cpu", name)
+    assert isinstance(verdict, Rejected)
+    assert "eager" in verdict.fix
+    # and it still loads with what it can take
+    getattr(transformers, class_name)._from_config(config, attn_implementation="eager")
+
+
+def test_refused_too_when_the_name_comes_after_loading() -> None:
+    class_name, arguments = IGNORING["bloom"]
+    config = transformers.BloomConfig(vocab_size=32, **arguments)
+    model = getattr(transformers, class_name)._from_config(config, attn_implementation="eager")
+    model.config._attn_implementation = "triton_fa2"
+    with pytest.raises(ValueError, match="bloom"):
+        model(torch.arange(5)[None])
+
+
+def test_mistyped_name_is_transformers_own_error() -> None:
+    with pytest.raises(ValueError, match='attn_implementation="triton_fa"'):
+        tiny_llama(attn_implementation="triton_fa")
+    verdict = check(transformers.LlamaConfig(), implementation="triton_fa")
+    assert isinstance(verdict, Rejected)
+    assert "did you mean 'triton_fa2'" in verdict.fix
+
+
+# --- check ----------------------------------------------------------------------------------------
+
+
+def test_check_a_model_a_config_and_a_folder(tmp_path: Any) -> None:
+    model = build(LLAMA, "triton_fa2")
+    model.save_pretrained(tmp_path)
+    for subject in (model, model.config, str(tmp_path)):
+        verdict = check(subject, "cpu")
+        assert isinstance(verdict, Accepted)
+        assert verdict.backend == "blockwise PyTorch"
+        assert "4 query and 2 key/value heads" in verdict.reason
+    assert check(model).ok
+
+
+def test_check_says_which_backend_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_attn_patch import requirements
+
+    found = {"triton": object()}
+    monkeypatch.setattr(requirements.importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(requirements, "_installed", lambda package: "3.6.0")
+    assert check(transformers.LlamaConfig(), "cuda:1").to_dict()["backend"] == "triton"
+    monkeypatch.setattr(requirements, "_installed", lambda package: "3.5.1+git1234")
+    old = check(transformers.LlamaConfig(), "cuda")
+    assert isinstance(old, Rejected) and "triton>=3.6; 3.5.1+git1234 is installed" in old.reason
+    found.clear()
+    missing = check(transformers.LlamaConfig(), "cuda")
+    assert isinstance(missing, Rejected) and "hf-attn-patch[gpu]" in missing.fix
+
+
+def test_check_a_device_that_nothing_serves() -> None:
+    verdict = check(transformers.LlamaConfig(), "mps")
+    assert isinstance(verdict, Rejected)
+    assert "cuda, xpu, cpu" in verdict.reason and "sdpa" in verdict.fix
+
+
+def test_check_head_dim() -> None:
+    config = transformers.LlamaConfig(**LLAMA_LIKE | {"head_dim": 1024})
+    verdict = check(config, "cpu")
+    assert isinstance(verdict, Rejected) and "1024" in verdict.reason and "512" in verdict.reason
+
+
+def test_check_window() -> None:
+    assert (
+        "configure_swa" in check(transformers.LlamaConfig(), "cpu", "triton_swa").to_dict()["fix"]
+    )
+    assert check(transformers.MistralConfig(), "cpu", "triton_swa").ok
+
+
+def test_requirement_without_a_package() -> None:
+    verdict = DeviceRequirement(device="cpu", backend="x").check()
+    assert verdict == Accepted("x", "tensors on 'cpu' run x")
+
+
+# --- importing ------------------------------------------------------------------------------------
+
+
+def run_fresh(code: str) -> str:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+ORDERS = {
+    "ours_first": "import hf_attn_patch; import transformers.modeling_utils",
+    "transformers_first": "import transformers.modeling_utils; import hf_attn_patch",
+    "a_submodule_first": "import hf_attn_patch.forward",
+    "register_by_hand": "import hf_attn_patch; hf_attn_patch.register(); hf_attn_patch.register()",
+    "twice": "import hf_attn_patch, importlib; importlib.reload(hf_attn_patch); "
+    "import transformers.modeling_utils; importlib.reload(hf_attn_patch)",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_registered_whatever_is_imported_first(order: str) -> None:
+    code = f"{order}\nprint(*map(hf_attn_patch.is_registered, {NAMES}))"
+    assert run_fresh(code) == "True True"
+
+
+def test_import_and_listing_cost_nothing() -> None:
+    code = (
+        "import sys, hf_attn_patch\n"
+        "hf_attn_patch.list_implementations()\n"
+        "print(*[m for m in ('torch', 'transformers', 'triton') if m in sys.modules])"
+    )
+    assert run_fresh(code) == ""
+
+
+def test_unknown_attribute() -> None:
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        hf_attn_patch.no_such_thing  # noqa: B018
+    assert set(hf_attn_patch.__all__) <= set(dir(hf_attn_patch))
+    assert all(getattr(hf_attn_patch, name) is not None for name in hf_attn_patch.__all__)
+
+
+def test_continuous_batching_cache_is_refused() -> None:
+    from hf_attn_patch.entry import fa2_forward
+
+    module = build(LLAMA, "triton_fa2").model.layers[0].self_attn
+    q = torch.randn(1, 4, 3, 16)
+    with pytest.raises(ValueError, match="continuous batching"):
+        fa2_forward(module, q, q[:, :2], q[:, :2], None, cache=object())
+
+
+def test_negative_control_missing_mask_function_would_be_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a mask function transformers drops the padding; the logits must show it."""
+    from tiny_models import TOLERANCE, padded, worst
+
+    inputs = padded("left")
+    monkeypatch.delitem(tables()[1], "triton_fa2")
+    gap = worst(logits(LLAMA, "triton_fa2", inputs), logits(LLAMA, "eager", inputs))
+    assert gap > 100 * TOLERANCE
