@@ -57,7 +57,9 @@ def complaint(result: AotResult) -> str | None:
     """What is wrong with a configuration, or None."""
     where = f"{result.arch} {result.kernel} {result.name}"
     if not result.fits:
-        return f"{where}: {result.shared} bytes of shared memory, the chip has {result.shared_limit}"
+        return (
+            f"{where}: {result.shared} bytes of shared memory, the chip has {result.shared_limit}"
+        )
     if result.arch in NO_SPILLS and result.spilled:
         return f"{where}: {result.spilled} bytes spilled"
     return None
@@ -69,14 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="CSV to write; standard output by default")
     parser.add_argument("--arch", nargs="+", choices=tuple(CHIPS), default=tuple(CHIPS))
-    parser.add_argument("--only", default="", help='compile cases whose "kernel name" contains this')
+    parser.add_argument(
+        "--only", default="", help='compile cases whose "kernel name" contains this'
+    )
     parser.add_argument("--jobs", type=int, default=1)
     args = parser.parse_args(argv)
     # seconds depend on the machine and its cache, not on the kernels
     columns = [field.name for field in fields(AotResult) if field.name != "seconds"]
-    rows, complaints = [], []
+    rows: list[dict[str, object]] = []
+    complaints: list[str] = []
     for count, result in enumerate(results(args.arch, args.only, args.jobs), 1):
-        print(f"\r{count}: {result.arch} {result.kernel} {result.name}\033[K", end="", file=sys.stderr)
+        print(
+            f"\r{count}: {result.arch} {result.kernel} {result.name}\033[K", end="", file=sys.stderr
+        )
         rows.append({name: value for name, value in asdict(result).items() if name in columns})
         complaints += filter(None, [complaint(result)])
     print(file=sys.stderr)

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="another Llama checkpoint than SmolLM2-135M")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="downloads and outputs")
     parser.add_argument("--report", type=Path, default=ROOT / "report.md")
-    parser.add_argument("--new-tokens", type=int, default=32, help="greedy tokens per prompt")
+    parser.add_argument("--new-tokens", type=int, default=24, help="greedy tokens per prompt")
     parser.add_argument("--context", type=int, default=512, help="prompt tokens when timing")
     options = parser.parse_args(arguments)
     start = time.perf_counter()

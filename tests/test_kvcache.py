@@ -1,4 +1,4 @@
-"""flash_attn_with_kvcache: append, rotary embedding, checks at the door, and decoding step by step."""
+"""flash_attn_with_kvcache: append, rotary embedding, checks at the door, decoding step by step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from hf_attn_kernels import flash_attn_with_kvcache, use_backend
 from hf_attn_kernels.kvcache import cache_problem, rotate
 from hf_attn_kernels.problem import CacheProblem, Pattern
 from hf_attn_kernels.reference import attention_reference
-from torch import Tensor
 
 NAN = float("nan")
 B, HQ, HKV, D, PAGE = 2, 4, 2, 16, 16
@@ -152,9 +153,7 @@ def test_rotary_turns_new_keys_and_queries(interleaved: bool, columns: int) -> N
     [(Pattern(scaling=1.0), (7, 7)), (Pattern(scaling=1.0, window_left=4), (7, 8))],
     ids=["full", "window"],
 )
-def test_rotary_of_queries_follows_the_mask(
-    pattern: Pattern, positions: tuple[int, int]
-) -> None:
+def test_rotary_of_queries_follows_the_mask(pattern: Pattern, positions: tuple[int, int]) -> None:
     """FlashAttention-2: without an order among the new tokens, all queries sit at the first."""
     cos, sin = rotary_tables(8)
     call = arguments(rotary_cos=cos, rotary_sin=sin, pattern=pattern)
@@ -244,7 +243,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
         arguments(k_cache=torch.zeros(B, 40, D, HKV).mT), "k_cache must be contiguous in head_dim"
     ),
     "dtype": (arguments(k_cache=torch.zeros(B, 40, HKV, D).half()), "share one dtype"),
-    "new-dtype": (arguments(k=normal(B, 2, HKV, D).half()), r"k must be torch.float32 like k_cache"),
+    "new-dtype": (arguments(k=normal(B, 2, HKV, D).half()), "k must be torch.float32 like"),
     "heads": (arguments(q=normal(B, 2, 3, D)), "3 query heads cannot be shared by 2"),
     "caches-differ": (arguments(v_cache=torch.zeros(B, 39, HKV, D)), "must agree in all but"),
     "batch": (
@@ -253,7 +252,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "k-without-v": (arguments(v=None), "k and v are appended together, v is missing"),
     "new-without-lengths": (arguments(cache_seqlens=None), "cache_seqlens, which is missing"),
-    "new-shape": (arguments(v=normal(B, 3, HKV, D)), r"v must be \[2, 2, 2, 16\].*got \(2, 3, 2, 16\)"),
+    "new-shape": (arguments(v=normal(B, 3, HKV, D)), r"v must be \[2, 2, 2, 16\].*got \(2, 3,"),
     "lengths-int64": (
         arguments(cache_seqlens=lengths(3, 7).long()), r"cache_seqlens must be an int32 tensor of"
     ),
@@ -263,16 +262,16 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "no-room": (arguments(cache_seqlens=lengths(3, 39)), r"0 to 38 \(40 keys fit.*got 3 to 39"),
     "negative": (arguments(cache_seqlens=lengths(-1, 7)), "got -1 to 7"),
     "index-high": (arguments(cache_batch_idx=lengths(0, 2)), r"cache_batch_idx must be 0 to 1"),
-    "index-dtype": (arguments(cache_batch_idx=lengths(0, 1).long()), "cache_batch_idx must be an int32"),
-    "leftpad-high": (arguments(cache_leftpad=lengths(6, 0)), r"cache_leftpad must be 0 to the length"),
+    "index-dtype": (arguments(cache_batch_idx=lengths(0, 1).long()), "batch_idx must be an int32"),
+    "leftpad-high": (arguments(cache_leftpad=lengths(6, 0)), "cache_leftpad must be 0 to the"),
     "table-dtype": (paged(block_table=torch.zeros(2, 3).long()), "block_table must be an int32"),
     "table-shape": (paged(block_table=lengths(0, 1)), r"block_table must be \[2, max_blocks\]"),
-    "table-and-index": (paged(cache_batch_idx=lengths(0, 1)), "reorder the rows of the block_table"),
+    "table-and-index": (paged(cache_batch_idx=lengths(0, 1)), "reorder the rows of the block"),
     "table-page-high": (
         paged(block_table=torch.tensor([[4, 1], [0, 6]], dtype=torch.int32)),
         "names page 6; k_cache has pages 0 to 5",
     ),
-    "table-page-missing": (paged(cache_seqlens=lengths(31, 16)), "no page for some of the 2 new keys"),
+    "table-page-missing": (paged(cache_seqlens=lengths(31, 16)), "no page for some of the 2 new"),
     "page-size": (
         paged(k_cache=torch.zeros(6, 24, HKV, D), v_cache=torch.zeros(6, 24, HKV, D)),
         "page_size 24 .*multiples of 16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +123,39 @@ def test_static_cache_forward_in_two_parts(spec: TinyModel) -> None:
             parts.append(out.logits)
             start += part.shape[1]
     assert_close(torch.cat(parts, dim=1), whole)
+
+
+@pytest.mark.parametrize("form", ["unpadded", "left_padded"])
+@pytest.mark.parametrize("spec", having(lambda s: s.id in ("llama", "mistral", "bert")))
+def test_compiles_into_one_graph(spec: TinyModel, form: str) -> None:
+    inputs: dict[str, Any] = (
+        padded("left") if form == "left_padded" else {"input_ids": tokens(2, 13)}
+    )
+    if is_causal(spec):
+        inputs["use_cache"] = False
+    torch._dynamo.reset()
+    compiled = torch.compile(build(spec, "triton_fa2"), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ours = compiled(**inputs).logits
+    assert_close(ours, logits(spec, spec.oracle, inputs), inputs.get("attention_mask"))
+
+
+@pytest.mark.parametrize("spec", having(lambda s: s.id == "mistral"))
+def test_compiled_steps_over_a_static_cache(spec: TinyModel) -> None:
+    from transformers import StaticCache
+
+    ids = tokens(2, 9)
+    whole = logits(spec, spec.oracle, {"input_ids": ids})
+    model = build(spec, "triton_fa2")
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        model(ids[:, :6], past_key_values=cache)
+        for at in range(6, 9):
+            step = {"past_key_values": cache, "position_ids": torch.tensor([[at]])}
+            out = compiled(ids[:, at : at + 1], **step).logits
+            assert_close(out, whole[:, at : at + 1])
 
 
 def test_output_attentions_warns_once() -> None:

@@ -53,8 +53,8 @@ def test_beam_search(spec: TinyModel) -> None:
 @pytest.mark.parametrize("spec", having(is_causal))
 def test_assisted(spec: TinyModel) -> None:
     inputs = {"input_ids": tokens(1, 8)}
-    helper = next(s for s in having(is_causal)).values[0]
-    assistant = build(helper, "triton_fa2")
+    draft = next(s for s in having(is_causal)).values[0]
+    assistant = build(draft, "triton_fa2")
     ours = generate(spec, "triton_fa2", inputs, assistant_model=assistant)
     assert torch.equal(ours, generate(spec, spec.oracle, inputs))
 

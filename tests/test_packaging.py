@@ -102,7 +102,7 @@ RULES = (
     ImportRule(part="converters", never=OURS - {"hf_attn_converters"} | {"triton"}),
     ImportRule(part="hf_attn_patch/cli", lazily=OURS - {"hf_attn_patch"} | {"torch", "triton"}),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
-    ImportRule(part="scripts", lazily=frozenset({"torch", "triton", "transformers"})),
+    ImportRule(part="scripts", lazily=frozenset({"triton", "transformers"})),
 )
 
 

@@ -1,4 +1,4 @@
-"""Names: registering, refusing, taking back, and what check() says. Also run on transformers 5.17."""
+"""Names: registering, refusing, taking back, what check() says. Also run on transformers 5.17."""
 
 from __future__ import annotations
 
@@ -100,9 +100,8 @@ def test_name_can_be_set_and_changed_at_run_time() -> None:
 
 
 def test_each_part_can_have_its_own() -> None:
-    from transformers import GotOcr2Config, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-    assert GotOcr2Config is not None
     config = LlavaConfig(
         text_config=transformers.LlamaConfig(**LLAMA_LIKE),
         vision_config=transformers.CLIPVisionConfig(
@@ -228,12 +227,10 @@ def run_fresh(code: str) -> str:
 
 
 ORDERS = {
-    "ours_first": "import hf_attn_patch; import transformers.modeling_utils",
-    "transformers_first": "import transformers.modeling_utils; import hf_attn_patch",
-    "a_submodule_first": "import hf_attn_patch.forward",
-    "register_by_hand": "import hf_attn_patch; hf_attn_patch.register(); hf_attn_patch.register()",
-    "twice": "import hf_attn_patch, importlib; importlib.reload(hf_attn_patch); "
+    "ours_then_a_reload": "import hf_attn_patch, importlib; importlib.reload(hf_attn_patch); "
     "import transformers.modeling_utils; importlib.reload(hf_attn_patch)",
+    "transformers_first": "import transformers.modeling_utils; import hf_attn_patch",
+    "a_submodule_first": "import hf_attn_patch.forward; hf_attn_patch.register()",
 }
 
 

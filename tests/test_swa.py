@@ -207,6 +207,16 @@ def test_training_step() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_compiles_into_one_graph() -> None:
+    inputs = padded("left")
+    torch._dynamo.reset()
+    compiled = torch.compile(windowed(LLAMA, 4, 2), backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        ours = compiled(**inputs, use_cache=False).logits
+    theirs = eager_logits(LLAMA, inputs, 4, 2)
+    assert_close(ours, theirs, inputs["attention_mask"])
+
+
 def test_packed_rows_keep_their_own_first_tokens() -> None:
     model = windowed(LLAMA, 3, 2)
     ids = tokens(1, 16)

@@ -94,19 +94,22 @@ def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Cal
     rate: tuple[progress.ProgressColumn, ...] = (progress.MofNCompleteColumn(),)
     if in_bytes:
         rate = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    console = Console(stderr=True)
     bar = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         *rate,
         progress.TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=quiet,
+        console=console,
+        disable=quiet or not console.is_terminal,
     )
     tasks: dict[str, progress.TaskID] = {}
 
     def update(what: str, done: int, total: int) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total)
+            if not (quiet or console.is_terminal):
+                typer.echo(f"{what} ...", err=True)  # a log gets one line, not a bar
         bar.update(tasks[what], completed=done, total=total)
 
     with bar:

@@ -1,10 +1,10 @@
-"""The door to attention over a KV cache: check, rotate, append, describe. The same for all backends.
+"""The door to attention over a KV cache: check, rotate, append, describe. One for all backends.
 
-Semantics are those of ``flash_attn_with_kvcache`` in FlashAttention-2: new keys and values are written
-in place behind the valid ones, `cache_seqlens` itself is left to the caller.
+Semantics are those of ``flash_attn_with_kvcache`` in FlashAttention-2: new keys and values are
+written in place behind the valid ones, `cache_seqlens` itself is left to the caller.
 
-Lengths and page numbers are tensors whose values are read, and checked, on the CPU only: on a GPU that
-would wait for the device. There torch's own indexing stops an append beyond the cache.
+Lengths and page numbers are tensors whose values are read, and checked, on the CPU only: on a GPU
+that would wait for the device. There torch's own indexing stops an append beyond the cache.
 
 Shape letters as in :mod:`.problem`; Knew new keys of each row, R half of the rotated columns.
 """
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import _check_dtypes as check_dtypes, check_alibi, check_heads
+from .checks import _check_dtypes as check_dtypes
+from .checks import check_alibi, check_heads
 from .problem import CacheProblem, Pattern
 
 PAGE_MULTIPLE = 16
@@ -76,10 +77,13 @@ def cache_problem(
     if alibi_slopes is not None:
         check_alibi(alibi_slopes, batch, q.shape[2])
         _check_device("alibi_slopes", alibi_slopes, q.device)
+        alibi_slopes = alibi_slopes[None] if alibi_slopes.dim() == 1 else alibi_slopes
     if s_aux is not None:
         _check_device("s_aux", s_aux, q.device)
         if tuple(s_aux.shape) != (q.shape[2],):
-            raise ValueError(f"s_aux must be [{q.shape[2]}] (query heads), got {tuple(s_aux.shape)}")
+            raise ValueError(
+                f"s_aux must be [{q.shape[2]}] (query heads), got {tuple(s_aux.shape)}"
+            )
     if num_splits < 0:
         raise ValueError(f"num_splits must be 0 (chosen for you) or more, got {num_splits}")
 
@@ -105,13 +109,9 @@ def cache_problem(
         batch_idx=None if cache_batch_idx is None else cache_batch_idx.contiguous(),
         leftpad=None if cache_leftpad is None else cache_leftpad.contiguous(),
         s_aux=s_aux,
-        alibi_slopes=alibi_slopes[None] if _is_vector(alibi_slopes) else alibi_slopes,
+        alibi_slopes=alibi_slopes,
         num_splits=num_splits,
     )  # fmt: skip
-
-
-def _is_vector(t: Tensor | None) -> bool:
-    return t is not None and t.dim() == 1
 
 
 # -- checks ---------------------------------------------------------------------------------------
@@ -128,7 +128,8 @@ def _check_cache(q: Tensor, view: CacheView) -> int:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(t.shape)}")
         if t.stride(-1) != 1:
             raise ValueError(
-                f"{name} must be contiguous in head_dim, its last dimension; got strides {t.stride()}"
+                f"{name} must be contiguous in head_dim (its last dimension), got strides "
+                f"{t.stride()}"
             )
     check_dtypes(q, view.k_cache, view.v_cache)
     check_heads(q, view.k_cache, view.v_cache)
@@ -171,8 +172,8 @@ def _check_block_table(view: CacheView, table: Tensor, batch: int, device: torch
 def _check_no_grad(*tensors: Tensor | None) -> None:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise ValueError(
-            "attention over a KV cache has no backward, and an argument requires a gradient; call it "
-            "under torch.no_grad(), or train with flash_attn_func"
+            "attention over a KV cache has no backward, and an argument requires a gradient; call "
+            "it under torch.no_grad(), or train with flash_attn_func"
         )
 
 
@@ -204,8 +205,8 @@ def _check_new(
         wanted = (q.shape[0], k.shape[1] if k.dim() == 4 else "new", *cache.shape[2:])
         if tuple(t.shape) != wanted:
             raise ValueError(
-                f"{name} must be [{', '.join(map(str, wanted))}] (batch, new keys, heads, head_dim as "
-                f"in {name}_cache), got {tuple(t.shape)}"
+                f"{name} must be [{', '.join(map(str, wanted))}] (batch, new keys, heads, head_dim "
+                f"as in {name}_cache), got {tuple(t.shape)}"
             )
         if t.dtype != cache.dtype:
             raise ValueError(f"{name} must be {cache.dtype} like {name}_cache, got {t.dtype}")
@@ -222,7 +223,8 @@ def _row_lengths(
     length = capacity if seqlens is None else seqlens
     if not isinstance(length, int) or isinstance(length, bool) or not 0 <= length <= capacity:
         raise ValueError(
-            f"cache_seqlens must be 0 to {capacity} (what a row of the cache holds), got {seqlens!r}"
+            f"cache_seqlens must be 0 to {capacity} (what a row of the cache holds), got "
+            f"{seqlens!r}"
         )
     return torch.full((batch,), length, dtype=torch.int32, device=device)
 
@@ -230,7 +232,7 @@ def _row_lengths(
 def _check_values(
     view: CacheView, seqlens: Tensor, new: int, batch: int, leftpad: Tensor | None
 ) -> None:
-    """What can only be seen in the tensors' values: on the CPU, where reading them costs nothing."""
+    """What only the tensors' values show: on the CPU, where reading them costs nothing."""
     if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
         return
     low, high = int(seqlens.min()), int(seqlens.max())
@@ -286,15 +288,15 @@ def _rotate_both(
         raise ValueError("rotary_cos and rotary_sin come together; one of them is missing")
     if cos.dim() != 2 or cos.shape != sin.shape or not 1 <= cos.shape[1] <= q.shape[3] // 2:
         raise ValueError(
-            f"rotary_cos and rotary_sin must both be [positions, 1 to {q.shape[3] // 2}] (half of the "
-            f"rotated columns), got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"rotary_cos and rotary_sin must both be [positions, 1 to {q.shape[3] // 2}] (half of "
+            f"the rotated columns), got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     for name, t in (("rotary_cos", cos), ("rotary_sin", sin)):
         _check_device(name, t, q.device)
     if cos.shape[0] < capacity:
         raise ValueError(
-            f"rotary_cos covers {cos.shape[0]} positions and a row of the cache {capacity}; it must "
-            "cover them all"
+            f"rotary_cos covers {cos.shape[0]} positions and a row of the cache {capacity}; it "
+            "must cover them all"
         )
     first = seqlens.long()[:, None]
     at_k = first + torch.arange(k.shape[1], device=k.device)

@@ -1,7 +1,7 @@
 """The CPU backend: FlashAttention's tiling in PyTorch's own operators.
 
-:mod:`.work` splits a call into rows and sequences without padding, :mod:`.tiling` these into blocks of
-queries and tiles of keys, :mod:`.plan` chooses the engine (:mod:`.flash` or :mod:`.matmul`) and
+:mod:`.work` splits a call into rows and sequences without padding, :mod:`.tiling` these into blocks
+of queries and tiles of keys, :mod:`.plan` chooses the engine (:mod:`.flash` or :mod:`.matmul`) and
 :mod:`.run` drives it; :mod:`.cached` does the same over a KV cache.
 """
 

@@ -103,12 +103,11 @@ def _work(row: int, last: int, at: int, q_len: int, start: int, end: int) -> Wor
         number=row,
         offset=end - q_len - start,
         first=start,
+        exact=True,
     )
 
 
-def _call(
-    problem: CacheProblem, q: Tensor, k: Keys, v: Keys, works: list[Work]
-) -> run.Call:
+def _call(problem: CacheProblem, q: Tensor, k: Keys, v: Keys, works: list[Work]) -> run.Call:
     slopes = problem.alibi_slopes
     return run.Call(
         q=q,

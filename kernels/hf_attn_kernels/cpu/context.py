@@ -26,7 +26,7 @@ class Context:
         object.__setattr__(self, "masks", Masks(self.scoring, self.dtype))
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised memory that the next tile uses again: fresh pages cost more than the copy."""
+        """Uninitialised memory that the next tile uses again: fresh memory costs page faults."""
         count = math.prod(shape)
         whole = self._buffers.get(name)
         if whole is None or whole.numel() < count or whole.dtype != dtype:

@@ -1,7 +1,7 @@
 """One block of queries through PyTorch's own flash kernel for the CPU, forward and backward.
 
-It takes GQA without repeating heads, a triangle or an additive mask, and returns the log-sum-exp, so
-tiles can be combined; given a row's whole log-sum-exp its backward gives each tile's share exactly.
+It takes GQA without repeating heads, a triangle or an additive mask, and returns the log-sum-exp,
+so tiles can be combined; given a row's whole log-sum-exp its backward gives each tile's share.
 
 Shape letters as in :mod:`..problem`; G query heads per key head, m queries, n keys of a tile.
 """
@@ -37,10 +37,12 @@ def blocks(work: Work, scoring: Scoring, groups: int) -> Iterator[Block]:
     if plain and p.window_left == UNBOUNDED and p.window_right in (UNBOUNDED, 0):
         if p.window_right == 0 and work.query_count > 1:
             return causal_blocks(work)
-        return query_blocks(work, scoring, rows=work.query_count or 1, tile_keys=work.key_count or 1)
+        return query_blocks(
+            work, scoring, rows=work.query_count or 1, tile_keys=work.key_count or 1
+        )
     keys = max(work.key_count, 1)
     if plain:
-        rows = min(max(WINDOW_ROWS // groups, 32), 128)
+        rows = min(max(WINDOW_ROWS // groups, 64), 128)
     else:
         mask_heads = 1 if scoring.alibi_slopes is None else scoring.alibi_slopes.shape[1]
         if scoring.bias is not None:

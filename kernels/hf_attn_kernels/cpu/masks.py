@@ -64,12 +64,12 @@ class Masks:
         return Mask(add, dead if bool(dead.any()) else None)
 
 
-def additive_mask(work: Work, scoring: Scoring, block: Block, tile: Tile, dtype: torch.dtype) -> Tensor:
+def additive_mask(
+    work: Work, scoring: Scoring, block: Block, tile: Tile, dtype: torch.dtype
+) -> Tensor:
     """``[1 | b, 1 | Hq, m, n]`` to be added to the scores: bias, ALiBi, -inf where hidden."""
     p = scoring.pattern
-    at = tile.indices()
-    if work.positions is not None:
-        at = work.positions[at]
+    at = key_positions(work, tile)
     i = torch.arange(block.q0, block.q1)[:, None] + work.offset
     visible = torch.ones(block.q1 - block.q0, at.numel(), dtype=torch.bool)
     if p.window_left != UNBOUNDED:
@@ -97,3 +97,9 @@ def bias_tile(bias: Tensor, work: Work, block: Block, at: Tensor) -> Tensor:
     if part.shape[2] > 1:
         part = part[:, :, block.q0 : block.q1]
     return part[..., at + work.first]
+
+
+def key_positions(work: Work, tile: Tile) -> Tensor:
+    """``[n]`` int64: where the tile's keys stand, counted from the piece's first."""
+    at = tile.indices()
+    return at if work.positions is None else work.positions[at]

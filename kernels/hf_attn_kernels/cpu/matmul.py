@@ -18,12 +18,12 @@ from torch import Tensor
 
 from . import philox
 from .context import Context
-from .masks import bias_tile
+from .masks import bias_tile, key_positions
 from .pages import Keys, read_range
 from .tiling import Block, Scoring, Tile, query_blocks
 from .work import Work
 
-# elements of one tile's scores, all heads together: what stays in a core's second-level cache or near
+# elements of one tile's scores, all heads together: about what a core's own cache holds
 SCORE_ELEMENTS = 2**20
 # elements of keys or values that are converted together
 SLAB_ELEMENTS = 2**20
@@ -97,7 +97,7 @@ def backward(
     grad_v: Tensor,
     grad_bias: Tensor | None,
 ) -> Tensor:
-    """Adds to grad_k, grad_v ``[b, K, Hkv, D]`` and grad_bias; returns q's gradient ``[b, m, Hq, D]``.
+    """Adds to grad_k, grad_v ``[b, K, Hkv, D]`` and grad_bias; returns that of q ``[b, m, Hq, D]``.
 
     lse ``[b, Hq, m]`` is +inf for rows that see nothing; delta ``[b, Hq, m]`` is the row sum of
     grad_out * out, less the gradient of the log-sum-exp.
@@ -153,14 +153,14 @@ def _slab(x: Keys, lead: int) -> int:
 
 
 def _lies_heads_first(v: Keys, dtype: torch.dtype) -> bool:
-    """Whether a range of values can be multiplied where it lies: ``[b, n, Hkv, D]`` as N matrices."""
+    """Whether a range ``[b, n, Hkv, D]`` of values can be multiplied where it lies."""
     if not isinstance(v, Tensor) or v.dtype != dtype or v.stride(1) != v.shape[3]:
         return False
     return v.shape[0] == 1 or v.stride(0) == v.shape[2] * v.stride(2)
 
 
 def _times_values(ctx: Context, tile: Tile, p: Tensor, v: Keys) -> Tensor:
-    """``[N, G * m, n]`` weights times the tile's values: ``[N, G * m, Dv]`` in the dtype of sums."""
+    """Weights ``[N, G * m, n]`` times the tile's values: ``[N, G * m, Dv]``, dtype of sums."""
     if v.dtype == torch.bfloat16:
         p = ctx.buffer("weights", tuple(p.shape), v.dtype).copy_(p)
     lead, dim = p.shape[0], v.shape[-1]
@@ -214,10 +214,8 @@ def _dropout(
     ctx: Context, work: Work, block: Block, tile: Tile, shape: torch.Size, heads_kv: int
 ) -> Tensor:
     """``[N, G * m, n]``: 0 where a weight is dropped, else 1 / (1 - p)."""
-    batch, m, heads, _ = shape
-    at = tile.indices()
-    if work.positions is not None:
-        at = work.positions[at]
+    batch, _, heads, _ = shape
+    at = key_positions(work, tile)
     first = work.number * heads
     scale = philox.keep_scale(
         ctx.seed,
@@ -232,9 +230,7 @@ def _dropout(
 
 def _add_bias_grad(grad_bias: Tensor, ds: Tensor, work: Work, block: Block, tile: Tile) -> None:
     """Adds ds ``[b, Hq, m, n]``, summed over what the bias repeats, at the tile's place."""
-    at = tile.indices()
-    if work.positions is not None:
-        at = work.positions[at]
+    at = key_positions(work, tile)
     have = bias_tile(grad_bias, work, block, at).shape
     for dim, size in enumerate(have[:3]):
         if size == 1:

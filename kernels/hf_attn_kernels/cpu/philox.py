@@ -16,7 +16,7 @@ _ROUNDS = 10
 
 
 def first_word(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> Tensor:
-    """First output word, in [0, 2**32), of the counters (c0, c1, c2, 0); int64, broadcast together."""
+    """First output word of the counters (c0, c1, c2, 0), broadcast: int64 in [0, 2**32)."""
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
@@ -16,7 +15,7 @@ from ..problem import UNBOUNDED, Problem
 from .run import FLASH, MATMUL
 
 # keys from which a few queries are served faster by streaming tiles than by one fused call
-STREAM_KEYS = 2048
+STREAM_KEYS = 4096
 # packed rows (queries times heads of a group) that still count as "a few"
 STREAM_ROWS = 32
 
@@ -43,13 +42,6 @@ class Rule:
     holds: Callable[[Traits], bool]
 
 
-@cache
-def has_bfloat16_tiles() -> bool:
-    """Whether the fused kernel runs bfloat16 on tile instructions (AMX) rather than as float32."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe()) if probe is not None else False
-
-
 RULES = (
     Rule(MATMUL, "softcap", lambda t: t.softcap),
     Rule(MATMUL, "dropout", lambda t: t.dropout),
@@ -62,11 +54,6 @@ RULES = (
         lambda t: t.keys >= STREAM_KEYS and t.packed_rows <= STREAM_ROWS,
     ),
     Rule(MATMUL, "float16 runs as float32", lambda t: t.dtype == torch.float16),
-    Rule(
-        MATMUL,
-        "bfloat16 without AMX",
-        lambda t: t.dtype == torch.bfloat16 and not has_bfloat16_tiles() and t.packed_rows >= 32,
-    ),
     Rule(FLASH, "PyTorch's fused kernel", lambda t: True),
 )
 

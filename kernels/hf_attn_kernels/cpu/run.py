@@ -15,7 +15,7 @@ from . import flash, matmul
 from .context import Context, sum_dtype
 from .pages import Keys
 from .tiling import Block, Scoring
-from .work import Work
+from .work import NO_SEQUENCE, Work
 
 FLASH, MATMUL = "flash", "matmul"
 
@@ -57,7 +57,8 @@ def forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
             part = slice(work.queries.start + block.q0, work.queries.start + block.q1)
             if not block.tiles:
                 out[work.rows, part] = 0.0
-                lse[work.rows, :, part] = float("-inf")
+                sink = None if work.number == NO_SEQUENCE else call.s_aux
+                lse[work.rows, :, part] = float("-inf") if sink is None else sink[:, None]
                 continue
             o, ell = run(ctx, work, block, q[:, block.q0 : block.q1], k, v)
             grouped = o.shape[1:3]  # Hkv, G
@@ -65,8 +66,6 @@ def forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
                 o, ell = _with_sink(o, ell, call.s_aux.view(*grouped, 1))
             out[work.rows, part].unflatten(2, grouped).copy_(o.permute(0, 3, 1, 2, 4))
             lse[work.rows, :, part].unflatten(1, grouped).copy_(ell)
-    if call.s_aux is not None:  # rows without keys still have the sink in their denominator
-        lse = torch.where(torch.isneginf(lse), call.s_aux.to(dtype)[:, None], lse)
     return out, lse
 
 
@@ -87,16 +86,18 @@ def backward(
     if grad_lse is not None:
         assert engine == MATMUL
         delta = delta - grad_lse
+    lse = lse.masked_fill(torch.isneginf(lse), float("inf"))  # exp(s - inf) = 0: no gradient there
     grad_s_aux = None
     if call.s_aux is not None:
         share = (call.s_aux.to(dtype)[:, None] - lse).exp()
         grad_s_aux = -(share * delta).sum(dim=(0, 2)).to(call.s_aux.dtype)
     bias = call.scoring.bias
-    grad_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and bias_needs_grad else None
+    grad_bias = (
+        torch.zeros_like(bias, dtype=dtype) if bias is not None and bias_needs_grad else None
+    )
     grad_q = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(call.k.shape, dtype=dtype)
     grad_v = torch.zeros(call.v.shape, dtype=dtype)
-    lse = lse.masked_fill(torch.isneginf(lse), float("inf"))  # exp(s - inf) = 0: no gradient there
     for work in _split(call, engine):
         q, o, do = (x[work.rows, work.queries] for x in (call.q, out, grad_out))
         k, v = work.select_keys(call.k), work.select_keys(call.v)
@@ -154,7 +155,7 @@ def _split(call: Call, engine: str) -> Iterator[Work]:
 
 
 def _with_sink(out: Tensor, lse: Tensor, s_aux: Tensor) -> tuple[Tensor, Tensor]:
-    """One more logit per head in the denominator: out ``[b, Hkv, G, m, Dv]``, s_aux ``[Hkv, G, 1]``."""
+    """One more logit ``[Hkv, G, 1]`` in the denominator of out ``[b, Hkv, G, m, Dv]``."""
     total = torch.logaddexp(lse, s_aux.to(lse.dtype))
     safe = total.masked_fill(torch.isneginf(total), 0.0)
     return out.to(lse.dtype) * (lse - safe).exp()[..., None], total

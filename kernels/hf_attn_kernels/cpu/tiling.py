@@ -128,7 +128,7 @@ def _tiles(work: Work, scoring: Scoring, q0: int, q1: int, tile_keys: int) -> It
             sinks = min(p.sink_tokens, high)
             if low <= sinks:
                 low = 0
-            low -= low % KEY_ALIGN
+            low -= 0 if work.exact else low % KEY_ALIGN
     if high <= min(low, sinks) or (high <= low and not sinks):
         return
     if low >= high:  # only the sinks are left

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .pages import Keys, PagedKeys
 
+NO_SEQUENCE = -1  # the number of tokens that belong to none
+
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
@@ -31,26 +33,22 @@ class Work:
     number: int  # first row of the batch, or the sequence: where bias, slopes and dropout look
     offset: int
     first: int  # index, in its sequence, of the key at position 0
+    exact: bool = False  # read no key that no query sees: its page may be another's by now
     positions: Tensor | None = None  # [kept keys] int64, position of each when the mask has holes
 
     @property
     def row_count(self) -> int:
-        return self.rows.stop - self.rows.start
+        return int(self.rows.stop - self.rows.start)
 
     @property
     def query_count(self) -> int:
-        return self.queries.stop - self.queries.start
+        return int(self.queries.stop - self.queries.start)
 
     @property
     def key_count(self) -> int:
         if self.positions is not None:
             return self.positions.numel()
-        return self.keys.stop - self.keys.start
-
-    @property
-    def sequence_offset(self) -> int:
-        """What aligns query i with key index ``i + sequence_offset`` counted in the sequence."""
-        return self.offset + self.first
+        return int(self.keys.stop - self.keys.start)
 
     def select_keys(self, x: Keys) -> Keys:
         """This piece's part of k or v: ``[B, K, H, D]`` -> ``[rows, keys, H, D]``."""
@@ -109,10 +107,11 @@ def _row_work(
 def packed_works(cu_q: Tensor, cu_k: Tensor, total_q: int) -> list[Work]:
     """Pieces of a packed batch, given as a batch of one row: its sequences."""
     bounds_q, bounds_k = cu_q.tolist(), cu_k.tolist()
-    ends = [*zip(bounds_q[1:], bounds_k[1:], strict=True), (total_q, bounds_k[-1])]
+    numbered = [*enumerate(zip(bounds_q[1:], bounds_k[1:], strict=True))]
+    numbered.append((NO_SEQUENCE, (total_q, bounds_k[-1])))  # tokens behind the last: no keys
     works = []
     q0, k0 = 0, 0
-    for number, (q1, k1) in enumerate(ends):  # the last piece: tokens of no sequence, without keys
+    for number, (q1, k1) in numbered:
         if q1 > q0:
             works.append(
                 Work(
@@ -134,5 +133,3 @@ def broadcast_row(t: Tensor, work: Work) -> Tensor:
     if t.shape[0] == 1:
         return t
     return t[work.number : work.number + work.row_count]
-
-

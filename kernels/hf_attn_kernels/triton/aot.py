@@ -1,9 +1,9 @@
-"""Ahead-of-time compilation: what every shipped kernel configuration costs on each chip, with no GPU.
+"""Ahead-of-time compilation: what every shipped configuration costs on each chip, with no GPU.
 
-A kernel file lists its configurations in ``aot_cases(arch) -> list[AotCase]``, built from the very
-arguments its launcher would pass (`case_from_arguments` specialises them as Triton's launcher does).
-`compile_case` compiles one and reads registers, stack and shared memory out of the binary. Needs a
-process without ``TRITON_INTERPRET``.
+A module of CASE_MODULES lists configurations in ``aot_cases(arch) -> list[AotCase]``, built from
+the very arguments a launcher would pass (`case_from_arguments` specialises them as Triton's
+launcher does). `compile_case` compiles one and reads registers, stack and shared memory out of the
+binary. Needs a process without ``TRITON_INTERPRET``.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class AotResult:
     shared_limit: int
     registers: int  # of a thread (AMD: vector registers, accumulation registers included)
     spilled: int  # bytes of stack of a thread (AMD: spilled registers)
-    wgmma: int  # HGMMA instructions (sm_90), UTCHMMA (sm_100), MFMA (AMD), mma.sync (sm_80)
-    tma: int  # UTMALDG instructions: tiles that the copy engine loads
+    matrix: int  # matrix instructions: mma.sync, wgmma (Hopper), tcgen05 (Blackwell), MFMA (AMD)
+    tma: int  # loads of whole tiles by the copy engine
     seconds: float
 
     @property
@@ -103,8 +103,8 @@ def case_from_arguments(
 
     Args:
         arguments: every parameter of `fn` by name. Tensors (the "meta" device will do) become
-            16-byte aligned pointers, None and constexpr parameters constants, ints ``i32`` or ``i64``
-            (a constant when 1, divisible by 16 when they are), floats ``fp32``.
+            16-byte aligned pointers, None and constexpr parameters constants, ints ``i32`` or
+            ``i64`` (a constant when 1, divisible by 16 when they are), floats ``fp32``.
 
     Raises:
         ValueError: parameters are missing or unknown, or a value has no Triton type.
@@ -188,32 +188,26 @@ def compile_case(case: AotCase, arch: str) -> AotResult:
 
 
 def _read_nvidia(asm: Mapping[str, Any]) -> dict[str, int]:
-    usage, sass = _cuobjdump(asm["cubin"])
+    usage = _resource_usage(asm["cubin"])
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
-    # HMMA/QGMMA spellings: Ampere HMMA, Hopper HGMMA, Blackwell UTCHMMA (and its 2-CTA forms)
-    matrix = re.findall(r"\b(?:HGMMA|UTCHMMA|UTCQMMA|HMMA)\b", sass)
+    # PTX has them one for one, and disassembling the binary would take as long as compiling it
+    matrix = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b"
     return {
         "registers": int(found[1]),
         "spilled": int(found[2]),
-        "wgmma": len(matrix),
-        "tma": len(re.findall(r"\bUTMALDG\b", sass)),
+        "matrix": len(re.findall(matrix, asm["ptx"])),
+        "tma": len(re.findall(r"\bcp\.async\.bulk\.tensor\.\dd\.shared", asm["ptx"])),
     }
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, str]:
+def _resource_usage(cubin: bytes) -> str:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
-            subprocess.run(
-                [str(tools / "cuobjdump"), flag, file.name],
-                check=True, capture_output=True, text=True,
-            ).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )  # fmt: skip
-    return usage, sass
+        command = [str(tools / "cuobjdump"), "--dump-resource-usage", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _read_amd(asm: Mapping[str, Any]) -> dict[str, int]:
@@ -226,6 +220,6 @@ def _read_amd(asm: Mapping[str, Any]) -> dict[str, int]:
     return {
         "registers": count("vgpr_count"),
         "spilled": count("vgpr_spill_count"),
-        "wgmma": len(re.findall(r"\bv_mfma_", text)),
+        "matrix": len(re.findall(r"\bv_mfma_", text)),
         "tma": 0,
     }

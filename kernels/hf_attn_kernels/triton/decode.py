@@ -1,9 +1,9 @@
 """Attention of few queries over many keys: split-KV over a contiguous or paged cache.
 
-All query heads of a KV head, and all new tokens, share the rows of one tile, so K and V are read once
-per KV head ("GQA packed into M"). The keys are cut into splits that run side by side, and a second
-kernel combines them (Flash-Decoding). Grid and number of splits depend on shapes only, never on the
-lengths in device memory: nothing waits for the device and the launch can be captured in a CUDA graph.
+All query heads of a KV head, and all new tokens, share the rows of one tile, so K and V are read
+once per KV head ("GQA packed into M"). The keys are cut into splits that run side by side, and a
+second kernel combines them (Flash-Decoding). Grid and number of splits depend on shapes only, never
+on the lengths in device memory: nothing waits for the device and a CUDA graph can capture it.
 
 Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, K keys a row may have,
 D / Dv head_dim of q, k / v.
@@ -49,8 +49,8 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     """
     p = problem
     return _run_op(
-        p.q, p.k_cache, p.v_cache, p.seqlens_k, p.block_table, p.batch_idx, p.leftpad, None, p.s_aux,
-        p.alibi_slopes, p.pattern, p.num_splits,
+        p.q, p.k_cache, p.v_cache, p.seqlens_k, p.block_table, p.batch_idx, p.leftpad, None,
+        p.s_aux, p.alibi_slopes, p.pattern, p.num_splits,
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The decode calls whose kernels are compiled ahead of time: every tile of the table, every feature."""
+"""The decode calls that are compiled ahead of time: every tile of the table, every feature."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ def _tiles(dtype: torch.dtype, dims: tuple[int, ...], pages: tuple[int, ...]) ->
     return [
         DecodeCall(
             name=f"{NAMES[dtype]}-D{dim}-Q{tokens}-page{page}",
-            dtype=dtype, head_dim=dim, tokens=tokens, page_size=page, splits=8 if tokens == 1 else 1,
+            dtype=dtype, head_dim=dim, tokens=tokens, page_size=page,
+            splits=8 if tokens == 1 else 1,
         )
         for dim in dims
         for tokens in (1, 8, 16, 256)

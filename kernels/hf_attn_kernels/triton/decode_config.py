@@ -23,9 +23,10 @@ class DecodeConfig:
     num_stages: int
 
 
-# 160 KiB of shared memory and more. (bytes of an element, largest padded head_dim) -> tiles, fewest rows first
+# (bytes of an element, largest padded head_dim) -> tiles, fewest rows first
 Table = dict[tuple[int, int], tuple[DecodeConfig, ...]]
 
+# 160 KiB of shared memory and more
 NVIDIA: Table = {
     (2, 64): (
         DecodeConfig(16, 128, 4, 3),
@@ -126,9 +127,9 @@ def processors(device: torch.device) -> int:
 def choose_splits(programs: int, keys: int, block_n: int, processors: int) -> int:
     """Splits of the keys that finish first, by shapes alone.
 
-    `programs` blocks each read up to `keys` keys. With s splits the machine runs ceil(programs * s /
-    slots) waves, each as long as one split and its overhead; a partial last wave is what makes more
-    splits pay even when the blocks outnumber the slots.
+    `programs` blocks each read up to `keys` keys. With s splits the machine runs
+    ceil(programs * s / slots) waves, each as long as one split and its overhead; a partial last
+    wave is what makes more splits pay even when the blocks outnumber the slots.
     """
     slots = processors * BLOCKS_PER_PROCESSOR
     tiles = -(-keys // block_n)

@@ -1,7 +1,7 @@
 """The decode kernels: one split of the keys of one KV head, and the combination of the splits.
 
-Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, D / DV head_dim of q, k / v,
-S splits, BM / BN tile rows / keys. Scores and log-sum-exps are base 2 inside.
+Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, D / DV head_dim of q, k
+/ v, S splits, BM / BN tile rows / keys. Scores and log-sum-exps are base 2 inside.
 """
 
 import triton
@@ -28,7 +28,7 @@ def tile_keys(
     step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi,
     HAS_SINKS: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Of the step-th tile: its first key, key positions ``[BN]``, and the same moved to keys that some row sees.
+    """First key of the step-th tile, its key positions ``[BN]``, and these moved to visible keys.
 
     What no row sees is never read: it may be a freed page, or hold anything.
     """
@@ -56,9 +56,9 @@ def decode_kernel(
 ):  # fmt: skip
     """Grid (S * tiles of Q * G rows, Hkv, B).
 
-    Strides of q, k and v come in units of VEC elements, so that the compiler knows the alignment of a
-    row also where it is no multiple of 16. `scale` turns a dot product into a base-2 score, or with
-    HAS_SOFTCAP into the argument of the tanh.
+    Strides of q, k and v come in units of VEC elements, so that the compiler knows the alignment of
+    a row also where it is no multiple of 16. `scale` turns a dot product into a base-2 score, or
+    with HAS_SOFTCAP into the argument of the tanh.
     """
     split = tl.program_id(0) % SPLITS
     m0 = (tl.program_id(0) // SPLITS) * BM
@@ -125,7 +125,6 @@ def decode_kernel(
     # The next tile's page numbers travel with the loop. Loaded where they are used they would take
     # the pipeline's stages, and leave K and V none to be loaded ahead in.
     table = block_table + b * table_sb if PAGE_SIZE > 0 else block_table
-    pages = 0
     if PAGE_SIZE > 0:
         n0, _, at = tile_keys(
             begin, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
@@ -157,10 +156,9 @@ def decode_kernel(
         else:
             keys = tl.load(k_base + k_off[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [BM, BN]
+        scores = scores * scale
         if HAS_SOFTCAP:
-            scores = softcap_tanh(scores * scale) * (softcap * LOG2E)
-        else:
-            scores = scores * scale
+            scores = softcap_tanh(scores) * (softcap * LOG2E)
         if alibi is not None:
             distance = tl.abs(token[:, None] + diagonal - n[None, :])
             scores -= slope[:, None] * distance.to(tl.float32)
@@ -200,16 +198,16 @@ def decode_kernel(
     # [BM] row of the outputs [B, Q, Hq, DV]
     heads = tl.num_programs(1) * G
     o_row = (b * q_len + token) * heads + head
-    if SPLITS == 1:
-        if s_aux is not None:
-            extra = tl.load(s_aux + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
-            higher = tl.maximum(top, extra)
-            total = total * tl.exp2(top - higher) + tl.exp2(extra - higher)
-            acc = acc * tl.exp2(top - higher)[:, None]
-            top = higher
+    if SPLITS == 1 and s_aux is not None:
+        extra = tl.load(s_aux + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
+        higher = tl.maximum(top, extra)
+        total = total * tl.exp2(top - higher) + tl.exp2(extra - higher)
+        acc = acc * tl.exp2(top - higher)[:, None]
+        top = higher
     # normalised here too, so that the reduce needs the log-sum-exp alone
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    row_lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(total))
+    some = tl.where(total == 0.0, 1.0, total)
+    result = acc / some[:, None]
+    row_lse = tl.where(total == 0.0, float("-inf"), top + tl.log2(some))
     o_mask = row_ok[:, None] & (dv[None, :] < DV)
     if SPLITS == 1:
         tl.store(out + o_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), o_mask)
@@ -226,7 +224,7 @@ def reduce_kernel(
     partial, s_aux, out, lse, q_len, heads,
     DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows of [B, Q, Hq], DV / BLOCK_C): combine the splits of one row, and its extra logit."""
+    """Grid (rows of [B, Q, Hq], DV / BLOCK_C): combine a row's splits, and its extra logit."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = tl.arange(0, BLOCK_S)
@@ -245,10 +243,11 @@ def reduce_kernel(
     # [BLOCK_S, BLOCK_C]; a split that saw nothing weighs 0 and may not add 0 * NaN
     wanted = (split_lse > float("-inf"))[:, None] & (column[None, :] < DV)
     pieces = tl.load(record[:, None] + column[None, :], mask=wanted, other=0.0)
-    result = tl.sum(pieces * weights[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    some = tl.where(total == 0.0, 1.0, total)
+    result = tl.sum(pieces * weights[:, None], 0) / some
     tl.store(out + row * DV + column, result.to(out.dtype.element_ty), mask=column < DV)
     if tl.program_id(1) == 0:
         b = row // heads // q_len
         token = row // heads % q_len
-        row_lse = tl.where(total == 0.0, float("-inf"), shift + tl.log2(total))
+        row_lse = tl.where(total == 0.0, float("-inf"), shift + tl.log2(some))
         tl.store(lse + (b * heads + head) * q_len + token, row_lse * LN2)
