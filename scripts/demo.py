@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def fetch(cache: Path) -> Path:
     """SmolLM2's folder. In a process of its own, which gives its memory back."""
-    target = cache / "smollm2-135m-instruct"
+    target = cache / "smollm2-135m"
     script = Path(__file__).with_name("fetch_smollm2.py")
     if subprocess.run([sys.executable, str(script), str(target)], check=False).returncode:
         raise DemoFailed("the demo needs SmolLM2-135M; see above for what is missing")

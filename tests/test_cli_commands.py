@@ -187,7 +187,7 @@ class TestCompare:
 
 
 class TestBench:
-    rows = [{"impl": "sdpa", "p50_ms": 1.25, "window": None}, {"impl": "x", "p50_ms": 2.0}]
+    rows = ({"impl": "sdpa", "p50_ms": 1.25, "window": None}, {"impl": "x", "p50_ms": 2.0})
 
     @pytest.fixture
     def asked(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:

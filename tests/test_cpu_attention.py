@@ -11,14 +11,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hf_attn_kernels import flash_attn_func
-from hf_attn_kernels.cpu import flash, matmul, op, plan, run
-from hf_attn_kernels.cpu.plan import Rule, choose, traits_of
-from hf_attn_kernels.problem import Pattern, Problem
 from kernel_cases import Case, check, make_data, run_kernel
 from test_kernel_attention import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_attn_kernels import flash_attn_func
+from hf_attn_kernels.cpu import flash, matmul, op, plan, run
+from hf_attn_kernels.cpu.choice import Rule, choose, traits_of
+from hf_attn_kernels.problem import Pattern, Problem
 
 Fence = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from kernel_cases import assert_within_budget
+from torch import Tensor
+
 from hf_attn_kernels import flash_attn_with_kvcache
 from hf_attn_kernels.cpu import attention_with_cache
 from hf_attn_kernels.cpu.pages import PagedKeys
 from hf_attn_kernels.problem import CacheProblem, Pattern
 from hf_attn_kernels.reference import attention_reference
-from kernel_cases import assert_within_budget
-from torch import Tensor
 
 NAN = float("nan")
 F16, BF16 = torch.float16, torch.bfloat16

@@ -1,6 +1,6 @@
 """The Triton forward and backward kernels, feature by feature, against the float64 oracle.
 
-Without a GPU they run in Triton's interpreter. Inputs lie in a fence of NaN and fresh memory is NaN.
+Without a GPU they run in Triton's interpreter. Inputs lie in a fence of NaN, fresh memory is NaN.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ PADDINGS = [
         ("holes", False, torch.float32), ("holes", True, F16), ("dead", False, torch.float32),
         ("dead", True, torch.float32),
     )
-] + [Case(padding="dead", s_aux=True), Case(q_len=3, k_len=63, padding="left", causal=True)]  # fmt: skip
+] + [
+    Case(padding="dead", s_aux=True),
+    Case(q_len=3, k_len=63, padding="left", causal=True),
+]  # fmt: skip
 PACKED = [
     Case(lengths=((5, 9), (0, 1), (35, 35), (23, 18)), causal=True),
     Case(lengths=((63, 63), (1, 1), (47, 47)), causal=True, dtype=BF16, heads_kv=1),
@@ -109,6 +112,24 @@ def test_matches_the_oracle(
 
 def test_head_dim_512_forward(device: torch.device, triton_backend: Backend, fenced: Fence) -> None:
     case = Case(q_len=33, head_dim=512, causal=True, batch=1, heads_q=2, heads_kv=1, dtype=BF16)
+    with triton_backend(), torch.no_grad():
+        check(case, device, fenced, backward=False)
+
+
+SHORT = [
+    Case(q_len=1, k_len=111, causal=True),
+    Case(q_len=3, k_len=63, causal=True, window=(9, 0), dtype=BF16, heads_kv=1),
+    Case(q_len=1, k_len=63, causal=True, padding="left", softcap=4.0),
+    Case(q_len=2, k_len=63, causal=True, window=(3, 0), sink_tokens=5, padding="holes"),
+    Case(q_len=1, k_len=63, causal=True, padding="dead", s_aux=True, alibi="heads"),
+]
+
+
+@pytest.mark.parametrize("case", SHORT, ids=str)
+def test_decoding_takes_its_own_kernel(
+    case: Case, device: torch.device, triton_backend: Backend, fenced: Fence
+) -> None:
+    """A few queries without a gradient go to the split-KV kernel, with the same results."""
     with triton_backend(), torch.no_grad():
         check(case, device, fenced, backward=False)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from hf_attn_kernels import (
     backend_name,
     flash_attn_func,
@@ -15,7 +17,6 @@ from hf_attn_kernels import (
     use_backend,
 )
 from hf_attn_kernels.reference import attention_reference
-from torch import Tensor
 
 Backend = Callable[[], AbstractContextManager[None]]
 

@@ -49,7 +49,7 @@ def _generation(comparison: Comparison) -> dict[str, list[str]]:
             "",
             *map(_same, others),
         ],
-        "differs from token": ["", *(number(g.median_divergence) for g in others)],
+        "differs from": ["", *(number(g.median_divergence) for g in others)],
     }
 
 
@@ -64,7 +64,7 @@ def _speed(comparison: Comparison) -> dict[str, list[str]]:
     return {
         "prefill tok/s": [number(s.prefill_tokens_s) for s in found],
         "decode tok/s": [number(s.decode_tokens_s) for s in found],
-        "KV bytes/token": [number(s.kv_bytes_per_token) for s in found],
+        "KV B/token": [number(s.kv_bytes_per_token) for s in found],
         "weights": [size(s.weight_bytes) for s in found],
         "load s": [f"{s.load_seconds:.1f}" for s in found],
     }
@@ -124,15 +124,21 @@ def _legend(comparison: Comparison) -> list[str]:
         s = comparison.speed[0]
         lines.append(
             f"Speed: one sequence, {s.context} prompt tokens, {s.new_tokens} new ones, median of "
-            f"{s.rounds} rounds in which the models take turns; KV bytes are what the cache holds "
-            "in the end, divided by all tokens."
+            f"{s.rounds} rounds in which the models take turns; KV B/token is what the cache holds "
+            "in the end, in bytes, divided by all tokens."
         )
     return lines
 
 
 def _side_by_side(found: Sequence[Generation]) -> list[str]:
     source, *others = found
-    lines = ["### Greedy continuations", "", "`⟦` marks where a text leaves the source's.", ""]
+    lines = [
+        "### Greedy continuations",
+        "",
+        "“Differs from” is the median position of the first other token, among the prompts where "
+        "there is one. `⟦` marks where a text leaves the source's.",
+        "",
+    ]
     for i, prompt in enumerate(source.prompts[:SHOWN_TEXTS]):
         lines += [f"**{_line(prompt)}**", "", f"- {source.label}: {_line(source.texts[i])}"]
         for g in others:

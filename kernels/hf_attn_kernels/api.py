@@ -1,8 +1,9 @@
 """FlashAttention-2's three functions: same names, arguments and meaning, any supported device.
 
-Signatures follow the ``flash_attn`` package (Dao, "FlashAttention-2", 2023) so that these can stand
-where those stand; what ours add is keyword-only and comes last. Each function checks its arguments,
-describes the work as a :class:`.problem.Problem` and hands it to the backend of the tensors' device.
+Signatures follow the ``flash_attn`` package (Dao, "FlashAttention-2", 2023) so that these can
+stand where those stand; what ours add is keyword-only and comes last. Each function checks its
+arguments, describes the work as a :class:`.problem.Problem` and hands it to the backend of the
+tensors' device.
 
 Shape letters as in :mod:`.problem`. Causal and windowed masks are aligned to the bottom right:
 query i sees key j only if ``i + K - Q - left <= j <= i + K - Q + right``.
@@ -42,8 +43,8 @@ def flash_attn_func(
     """Attention over a batch of equal lengths, padded or not.
 
     Args:
-        q: ``[B, Q, Hq, D]``; k: ``[B, K, Hkv, D]``; v: ``[B, K, Hkv, Dv]``. Hkv divides Hq (GQA and
-            MQA; nothing is repeated). float16, bfloat16 or float32, on the CPU also float64.
+        q: ``[B, Q, Hq, D]``; k: ``[B, K, Hkv, D]``; v: ``[B, K, Hkv, Dv]``. Hkv divides Hq (GQA
+            and MQA; nothing is repeated). float16, bfloat16 or float32, on the CPU also float64.
         dropout_p: probability that a weight is dropped (Philox, seeded from torch's generator).
         softmax_scale: factor of ``q @ k``; ``D ** -0.5`` by default.
         causal: a query sees no later key.
@@ -55,14 +56,14 @@ def flash_attn_func(
         s_aux: ``[Hq]`` one more logit in each row's denominator (attention sinks of gpt-oss).
         bias: ``[1|B, 1|Hq, 1|Q, K]``, bool (True = keep) or added after the softcap; a floating
             bias gets a gradient.
-        key_padding_mask: ``[B, K]`` bool, True = keep; any pattern. It hides keys and moves nothing.
-        sink_tokens: that many of each row's first kept keys stay visible whatever the left window
-            hides (StreamingLLM, Xiao et al. 2023).
+        key_padding_mask: ``[B, K]`` bool, True = keep; any pattern. Hides keys, moves nothing.
+        sink_tokens: that many positions of each row, from its first kept key on, stay visible
+            whatever the left window hides (StreamingLLM, Xiao et al. 2023).
 
     Returns:
-        ``[B, Q, Hq, Dv]``; a query that sees no key gets zeros. With `return_attn_probs` a triple of
-        it, the natural log-sum-exp ``[B, Hq, Q]`` float32 (``s_aux`` included; differentiable) and
-        None.
+        ``[B, Q, Hq, Dv]``; a query that sees no key gets zeros. With `return_attn_probs` a triple
+        of it, the natural log-sum-exp ``[B, Hq, Q]`` float32 (``s_aux`` included; differentiable)
+        and None.
 
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
@@ -121,7 +122,7 @@ def flash_attn_varlen_func(
         q: ``[Tq, Hq, D]``; k: ``[Tk, Hkv, D]``; v: ``[Tk, Hkv, Dv]``.
         cu_seqlens_q: ``[R + 1]`` int32, where each sequence's queries begin; the last is the end.
         cu_seqlens_k: the same of the keys. An empty sequence is fine.
-        max_seqlen_q: longest query of the batch (an upper bound will do); max_seqlen_k: of the keys.
+        max_seqlen_q: longest query of the batch or more; max_seqlen_k: the same of the keys.
         block_table: not served here; see Raises.
         bias: ``[1|R, 1|Hq, 1|max_seqlen_q, max_seqlen_k]``, counted from each sequence's own start.
         The others: as in :func:`flash_attn_func`, with R in the place of B.

@@ -52,7 +52,8 @@ def backend_name(device: torch.device) -> str:
     if name is None:
         raise ValueError(
             f"no attention backend for tensors on {device.type!r}; possible devices: "
-            f"{', '.join(DEVICE_BACKENDS)}. Move the model there, or use attn_implementation='sdpa'."
+            f"{', '.join(DEVICE_BACKENDS)}. Move the model there, or use "
+            "attn_implementation='sdpa'."
         )
     if name == "triton":
         if not triton_installed():
@@ -69,8 +70,8 @@ def backend_name(device: torch.device) -> str:
 
 
 def load(device: torch.device) -> ModuleType:
-    """The backend's package: it has ``attention(Problem)`` and ``attention_with_cache(CacheProblem)``,
-    each returning ``(out, lse)``."""
+    """The backend's package. It has ``attention(Problem)`` and
+    ``attention_with_cache(CacheProblem)``, each returning ``(out, lse)``."""
     if backend_name(device) == "triton":
         from . import triton as backend
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,7 +33,9 @@ def check_pattern(
 ) -> Pattern:
     """Checked numbers, with causal folded into the window."""
     if len(window_size) != 2:
-        raise ValueError(f"window_size is a pair (left, right), -1 for unbounded; got {window_size!r}")
+        raise ValueError(
+            f"window_size is a pair (left, right), -1 for unbounded; got {window_size!r}"
+        )
     left, right = (UNBOUNDED if side < 0 else int(side) for side in window_size)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
@@ -72,7 +75,9 @@ def check_problem(p: Problem) -> None:
     else:
         batch, max_q, max_k = p.q.shape[0], p.q.shape[1], p.k.shape[1]
         if p.k.shape[0] != batch:
-            raise ValueError(f"q has batch {batch}, k and v have {p.k.shape[0]}; they must be equal")
+            raise ValueError(
+                f"q has batch {batch}, k and v have {p.k.shape[0]}; they must be equal"
+            )
     _check_extras(p, batch, max_q, max_k)
 
 
@@ -87,7 +92,9 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if v.shape[-2] != heads_kv:
         raise ValueError(f"k has {heads_kv} heads and v has {v.shape[-2]}; they must be equal")
     if q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"q has head_dim {q.shape[-1]} and k has {k.shape[-1]}; they must be equal")
+        raise ValueError(
+            f"q has head_dim {q.shape[-1]} and k has {k.shape[-1]}; they must be equal"
+        )
     for name, dim in (("q and k", q.shape[-1]), ("v", v.shape[-1])):
         if not 1 <= dim <= MAX_HEAD_DIM:
             raise ValueError(
@@ -95,7 +102,11 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
                 "Use attn_implementation='sdpa' for this model."
             )
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if needs_grad and q.device.type != "cpu" and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM_BACKWARD:
+    if (
+        needs_grad
+        and q.device.type != "cpu"
+        and max(q.shape[-1], v.shape[-1]) > MAX_HEAD_DIM_BACKWARD
+    ):
         raise ValueError(
             f"backward supports head_dim up to {MAX_HEAD_DIM_BACKWARD}, got "
             f"{max(q.shape[-1], v.shape[-1])}; wrap inference in torch.no_grad(), or train with "
@@ -113,7 +124,9 @@ def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
             + ", ".join(str(d).removeprefix("torch.") for d in allowed)
         )
     if not q.device == k.device == v.device:
-        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}"
+        )
 
 
 def _check_cu_seqlens(p: Problem) -> int:
@@ -142,7 +155,7 @@ def _check_cu_seqlens(p: Problem) -> int:
 
 
 def _check_offsets(name: str, offsets: list[int], total: int) -> None:
-    rising = all(a <= b for a, b in zip(offsets, offsets[1:], strict=False))
+    rising = all(a <= b for a, b in pairwise(offsets))
     if offsets[0] != 0 or not rising or offsets[-1] > total:
         raise ValueError(
             f"{name} must start at 0, never fall and end at or before the {total} tokens given; "

@@ -1,7 +1,7 @@
 """What a backend is asked to compute: one checked, immutable description.
 
-The three public functions of :mod:`.api` build these; the Triton and CPU backends read them. Windows
-are kept as two numbers, because "causal" is only a window whose right side is 0.
+The three public functions of :mod:`.api` build these; the Triton and CPU backends read them.
+Windows are kept as two numbers, because "causal" is only a window whose right side is 0.
 
 Shape letters: B batch, Q query length, K key length, Hq query heads, Hkv key/value heads,
 D head_dim of q and k, Dv head_dim of v, T total tokens of a packed batch, R sequences in it.

@@ -6,6 +6,8 @@ Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (2011).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def attention_reference(
         out ``[B, Q, Hq, Dv]`` or ``[Tq, Hq, Dv]`` in `dtype`, and the natural log-sum-exp
         ``[B, Hq, Q]`` or ``[Hq, Tq]``.
     """
-    options = {
+    options: dict[str, Any] = {
         "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         "causal": causal,
         "window_size": window_size,

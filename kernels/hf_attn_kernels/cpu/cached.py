@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..problem import UNBOUNDED, CacheProblem
 from . import run
+from .choice import Traits, choose
 from .pages import Keys, PagedKeys
-from .plan import Traits, choose
 from .run import MATMUL
 from .tiling import Scoring
 from .work import Work

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..problem import Pattern, Problem
 from . import run
+from .choice import choose, traits_of
 from .context import sum_dtype
-from .plan import choose, traits_of
 from .tiling import Scoring
 from .work import dense_works, packed_works
 

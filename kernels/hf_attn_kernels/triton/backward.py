@@ -1,8 +1,9 @@
 """The backward kernels: delta, then dq, then dk and dv, then the gradient of an added bias.
 
-After Dao, "FlashAttention-2" (2023), with dq apart from dk/dv: every output element is written once by
-one program, so the result is the same bits every time. Scores are computed again from the stored
-log-sum-exp. GQA: the program of a key/value head loops over the query heads of its group.
+After Dao, "FlashAttention-2" (2023), with dq apart from dk/dv: every output element is written once
+by one program, so the result is the same bits every time. Scores are computed again and become
+weights by the stored log-sum-exp. Tiles that every row sees skip the mask by a uniform branch: one
+loop instead of the forward's three saves the registers that the second accumulator needs. GQA: the program of a key/value head loops over the query heads of its group.
 """
 
 import triton
@@ -56,8 +57,8 @@ def _weights(
 ):  # fmt: skip
     """Weights as the values saw them (dropout applied) and the gradient of the scores.
 
-    `lse` is base 2 and `delta` plain, both already broadcastable to the tile. The gradient is of the
-    score behind the softcap (what a bias gets); the caller takes it through the softcap with `t`.
+    `lse` is base 2 and `delta` plain, both broadcastable to the tile. The gradient is of the score
+    behind the softcap (what a bias gets); the caller takes it through the softcap with `t`.
     """
     s, t = score_tile(
         qk, i, j, ok, bias_base, bias_stride_q, bias_stride_k, slope, offset, scaling, softcap,

@@ -76,7 +76,9 @@ def bias_grad_kernel(
                 rows = first_row + tl.arange(0, BLOCK_M)
                 row_ok = rows < n_q
                 q = load_rows(q_base, first_row, q_ss, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
-                do = load_rows(do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True)
+                do = load_rows(
+                    do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True
+                )
                 lse = _load_lse(Lse + row_at, rows, row_ok)
                 delta = tl.load(Delta + row_at + rows, mask=row_ok, other=0.0)
                 i = rows[:, None]

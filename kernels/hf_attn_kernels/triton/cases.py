@@ -1,4 +1,4 @@
-"""The calls whose kernels are compiled ahead of time: every tile of the table, and every feature."""
+"""The calls whose kernels are compiled ahead of time: every tile of the table, every feature."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tile sizes: a table by chip, kernel, element size and head_dim. Nothing is tuned at run time.
 
-An autotuner costs microseconds at every launch and picks other tiles in other runs; a table costs one
-lookup. `scripts/aot_report.py` compiles every entry ahead of time and reports its shared memory,
+An autotuner costs microseconds at every launch and picks other tiles in other runs; a table costs
+one lookup. `scripts/aot_report.py` compiles every entry ahead of time and reports its shared memory,
 registers and spills. Add a chip by adding its rows.
 """
 
@@ -48,7 +48,7 @@ def _row(half: dict[str, tuple[Tiles, ...]]) -> Row:
     }
 
 
-# TABLE[chip][kernel][bytes of an element] = Tiles for head_dim up to 64, 128, 256 (512 forward only).
+# TABLE[chip][kernel][bytes of an element] = Tiles for head_dim up to 64, 128, 256 (forward: 512).
 # A row "<kernel> heavy" serves the calls whose features cost registers (see `tiles`).
 TABLE: dict[str, Row] = {
     "sm_80": _row({

@@ -23,7 +23,7 @@ from .primitives import (
 
 @triton.jit
 def _span(
-    acc, m, l, q, start, end,
+    acc, m, total, q, start, end,
     k_base, v_base, stride_k, stride_v, key_mask, bias_base, bias_stride_q, bias_stride_k, seed,
     stream, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
@@ -73,7 +73,7 @@ def _span(
         else:
             p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m - m_safe)
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         if DROPOUT:
             kept = dropout_keep(seed, i, j, stream, keep_threshold)
@@ -81,7 +81,7 @@ def _span(
         v = load_rows(v_base, n0, stride_v, offs_dv, col_ok, BLOCK_N, DV, BLOCK_DV, LOAD_MASK)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)  # [BLOCK_M, BLOCK_DV]
         m = m_new
-    return acc, m, l
+    return acc, m, total
 
 
 @triton.jit
@@ -135,17 +135,17 @@ def attention_forward_kernel(
         seed = tl.load(Seed)
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_S_AUX:  # a logit with no value: it is where the online softmax starts
         m = tl.zeros([BLOCK_M], tl.float32) + tl.load(SAux + h).to(tl.float32) * LOG2E
-        l = l + 1.0
+        total = total + 1.0
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     # one masked pass over the keys that stay visible outside the window, then the window in three
     if HAS_SINK_TOKENS:
         sink_start = k_lo // BLOCK_N * BLOCK_N
         sink_end = tl.minimum(tl.minimum(k_lo + sink_tokens, k_hi), lo)
-        acc, m, l = _span(
-            acc, m, l, q, sink_start, sink_end,
+        acc, m, total = _span(
+            acc, m, total, q, sink_start, sink_end,
             k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
             b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
             scaling, softcap, keep_threshold, keep_scale,
@@ -155,8 +155,8 @@ def attention_forward_kernel(
     for part in tl.static_range(3):
         start = lo if part == 0 else (a if part == 1 else c)
         end = a if part == 0 else (c if part == 1 else hi)
-        acc, m, l = _span(
-            acc, m, l, q, start, end,
+        acc, m, total = _span(
+            acc, m, total, q, start, end,
             k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
             b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
             scaling, softcap, keep_threshold, keep_scale,
@@ -164,15 +164,13 @@ def attention_forward_kernel(
             HAS_KEY_MASK, DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION,
         )  # fmt: skip
 
-    l_safe = tl.where(l == 0.0, 1.0, l)
-    acc = acc / l_safe[:, None]
-    lse = tl.where(l == 0.0, float("-inf"), m / LOG2E + tl.log(l_safe))
+    total_safe = tl.where(total == 0.0, 1.0, total)
+    acc = acc / total_safe[:, None]
+    lse = tl.where(total == 0.0, float("-inf"), m / LOG2E + tl.log(total_safe))
     offs_dv = tl.arange(0, BLOCK_DV)
     o_ss = heads_q * DV
     o_base = Out + b64 * o_sb + q_start.to(tl.int64) * o_ss + h64 * DV
     o_ptrs = o_base + rows.to(tl.int64)[:, None] * o_ss + offs_dv[None, :]
-    tl.store(
-        o_ptrs, acc.to(Out.dtype.element_ty), mask=row_ok[:, None] & (offs_dv < DV)[None, :]
-    )
+    tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=row_ok[:, None] & (offs_dv < DV)[None, :])
     lse_base = Lse + b64 * lse_sb + h64 * lse_sh + q_start
     tl.store(lse_base + rows, lse, mask=row_ok)

@@ -214,7 +214,7 @@ def backward_launches(
     x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor,
     grads: Gradients, chip: str,
 ) -> list[Launch]:  # fmt: skip
-    """delta, then dq, dk/dv and the bias's gradient; all tensors but q, k, v and bias contiguous."""
+    """delta, then dq, dk/dv and the bias's gradient; all but q, k, v and bias are contiguous."""
     shape = x.shape
     lse_sb, lse_sh = shape.lse_strides(lse)
     rows = {"o_sb": _batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh}
@@ -242,9 +242,7 @@ def backward_launches(
     return launches
 
 
-def _delta_launch(
-    shared: dict[str, Any], shape: Shape, out: Tensor, dlse: Tensor | None
-) -> Launch:
+def _delta_launch(shared: dict[str, Any], shape: Shape, out: Tensor, dlse: Tensor | None) -> Launch:
     block_m = 64
     blocks_m = _blocks(shape.q_len, block_m)
     names = (
@@ -313,7 +311,7 @@ def run_backward(
 
 
 def _sink_gradient(s_aux: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """The sink has a weight but no value, so of the softmax's gradient only -weight * delta is left."""
+    """A sink has a weight but no value: of the softmax's gradient only -weight * delta is left."""
     weight = torch.exp(s_aux.float()[:, None] - lse)
     weight = torch.where(torch.isneginf(lse), 0.0, weight)  # rows of no sequence
     return -(weight * delta).sum(dim=1 if lse.dim() == 2 else (0, 2)).to(s_aux.dtype)

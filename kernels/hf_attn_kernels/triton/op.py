@@ -15,7 +15,7 @@ from .launch import Inputs, Shape, run_backward, run_forward
 
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Run `problem` on Triton: out like q with v's head_dim, and the natural log-sum-exp (float32)."""
+    """Run `problem` on Triton: out like q with v's head_dim, and the natural log-sum-exp."""
     if serves_dense(problem):
         return decode_dense(problem)
     p, pattern = problem, problem.pattern
@@ -150,7 +150,7 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx, inputs, output) -> None:
     tensors, numbers = inputs[:10], inputs[10:]
     ctx.save_for_backward(*tensors, *output)
     ctx.numbers = numbers
@@ -158,7 +158,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+def _backward(ctx, dout, dlse):
     *tensors, out, lse = ctx.saved_tensors
     nothing = (None,) * (len(tensors) + len(ctx.numbers))
     if dout is None and dlse is None:

@@ -74,8 +74,8 @@ def load_rows(
 ):  # fmt: skip
     """``[ROWS, BLOCK_D]`` tile of a row-major matrix from row `first`; what is outside reads as 0.
 
-    The one 64-bit product is a scalar: offsets within a tile are small, and 32-bit ones cost half the
-    registers.
+    The one 64-bit product is a scalar: offsets within a tile are small, and 32-bit ones cost half
+    the registers.
     """
     local = tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
     ptrs = base + tl.cast(first, tl.int64) * stride + local
@@ -118,8 +118,8 @@ def score_tile(
 ):  # fmt: skip
     """Dot products -> base-2 scores, the tanh of the softcap, and the bias mask.
 
-    Without softcap, ALiBi and added bias the scores are returned unscaled: the caller folds the scale
-    into its exponent, one multiplication less for each element.
+    Without softcap, ALiBi and added bias the scores are returned unscaled: the caller folds the
+    scale into its exponent, one multiplication less for each element.
     """
     t = 0.0
     if SOFTCAP:

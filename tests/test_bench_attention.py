@@ -1,0 +1,95 @@
+"""The CPU benchmark: it times what is right, refuses what is wrong, and writes one schema."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_attn_patch.bench import attention, rows
+
+
+@pytest.fixture(autouse=True)
+def _no_flex(monkeypatch):
+    def refuse(*args):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr(attention, "flex", refuse)
+
+
+def test_every_row_has_its_peers(tmp_path: Path):
+    out = tmp_path / "cpu.csv"
+    with pytest.warns(UserWarning, match="flex_compiled failed with RuntimeError"):
+        found = attention.run(out=out, threads=1, quick=True)
+    groups: dict[tuple[str, str, str], set[str]] = {}
+    for line in found:
+        assert 0 < line["p20_ms"] <= line["p50_ms"] <= line["p80_ms"]
+        assert (line["gbytes_s"] is not None) == (line["pass"] == "decode")
+        groups.setdefault((line["seq_q"], line["extra"], line["dtype"]), set()).add(line["impl"])
+    assert len(groups) == 8 and all(rows.OURS in group for group in groups.values())
+    assert groups["256", "padded row", "fp32"] == {rows.OURS, "sdpa_is_causal", "transformers_sdpa"}
+    assert groups["512", "", "bf16"] == {rows.OURS, "sdpa_masked"}
+    assert {"sdpa_packed", "sdpa_repeat_kv"} <= groups["1", "", "bf16"]
+    assert {"gather_sdpa_packed", "contiguous_cache"} <= groups["1", "page=16", "fp32"]
+    assert [line["impl"] for line in rows.read_rows(out)] == [line["impl"] for line in found]
+
+
+@pytest.mark.filterwarnings("ignore:.*flex_compiled failed")
+@pytest.mark.parametrize("name", attention.ROWS)
+def test_a_shifted_result_is_not_timed(name, monkeypatch):
+    """Keys one place off: a wrong peer is left out, and this package's own stops the run."""
+    row = attention.ROWS[name]
+
+    def shifted(impl):
+        def make(shape):
+            trial = row.make(shape)
+            call = trial.contenders[impl]
+            wrong = lambda: call().roll(1, dims=-2)  # noqa: E731
+            return replace(trial, contenders={**trial.contenders, impl: wrong})
+
+        return replace(row, make=make)
+
+    peer = {"prefill": "sdpa_is_causal", "window": "sdpa_masked"}.get(name, "sdpa_packed")
+    peer = "contiguous_cache" if name == "paged" else peer
+    with pytest.warns(UserWarning, match=f"{peer} is off by"):
+        measured = attention.measure(shifted(peer), row.quick, rounds=1)
+    assert peer not in {line.impl for line in measured} and len(measured) >= 1
+    with pytest.raises(RuntimeError, match=r"is off by .* nothing was timed"):
+        attention.measure(shifted(rows.OURS), row.quick, rounds=1)
+
+
+def test_nan_is_never_within_budget():
+    row = attention.ROWS["decode"]
+    trial = row.make(row.quick)
+    error, allowed = attention.worst_error(torch.full_like(trial.q, float("nan")), trial, row.quick)
+    assert not error <= allowed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"rows": ["sideways"]}, "possible: prefill, window"), ({"threads": 0}, "1 or more")],
+    ids=["row", "threads"],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        attention.run(**options)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "measure", lambda *a, **k: 1 // 0)
+        attention.run(threads=before + 1)
+    assert torch.get_num_threads() == before
+
+
+def test_the_script(fresh_python):
+    done = fresh_python(
+        "scripts/bench_attention.py", "--rows", "decode", "--quick", "--threads", "1", "--json"
+    )
+    assert {line["dtype"] for line in json.loads(done.stdout)} == {"fp32", "bf16"}
+    done = fresh_python("scripts/bench_attention.py", "--rows", "sideways", check=False)
+    assert done.returncode == 2 and "possible: prefill" in done.stderr
