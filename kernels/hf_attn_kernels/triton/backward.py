@@ -3,7 +3,8 @@
 After Dao, "FlashAttention-2" (2023), with dq apart from dk/dv: every output element is written once
 by one program, so the result is the same bits every time. Scores are computed again and become
 weights by the stored log-sum-exp. Tiles that every row sees skip the mask by a uniform branch: one
-loop instead of the forward's three saves the registers that the second accumulator needs. GQA: the program of a key/value head loops over the query heads of its group.
+loop instead of the forward's three saves the registers that the second accumulator needs. GQA: the
+program of a key/value head loops over the query heads of its group.
 """
 
 import triton

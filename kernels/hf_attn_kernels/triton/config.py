@@ -1,8 +1,8 @@
 """Tile sizes: a table by chip, kernel, element size and head_dim. Nothing is tuned at run time.
 
 An autotuner costs microseconds at every launch and picks other tiles in other runs; a table costs
-one lookup. `scripts/aot_report.py` compiles every entry ahead of time and reports its shared memory,
-registers and spills. Add a chip by adding its rows.
+one lookup. `scripts/aot_report.py` compiles every entry ahead of time and reports its shared
+memory, registers and spills. Add a chip by adding its rows.
 """
 
 from __future__ import annotations
