@@ -24,7 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from hf_attn_patch.bench.attention import run
 
     try:
-        found = run(rows=args.rows, out=args.out, threads=args.threads, quick=args.quick)
+        found = run(
+            rows=args.rows,
+            out=args.out,
+            threads=args.threads,
+            quick=args.quick,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", type=Path, default=ROOT / "report.md")
     parser.add_argument("--new-tokens", type=int, default=24, help="greedy tokens per prompt")
     parser.add_argument("--context", type=int, default=512, help="prompt tokens when timing")
+    parser.add_argument(
+        "--threads", type=int, default=idle_cores(), help="by default the cores that are idle now"
+    )
     options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
     start = time.perf_counter()
     sections: list[str] = []
     try:
@@ -68,6 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
             options.report.write_text("\n".join(["# Demo report\n", *sections]), encoding="utf-8")
             print(f"wrote {options.report} after {time.perf_counter() - start:.0f} s")
     return 0
+
+
+def idle_cores() -> int:
+    """At least 1. Threads that share a core wait for each other: far slower than fewer of them."""
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, (os.cpu_count() or 1) - round(busy))
 
 
 def fetch(cache: Path) -> Path:

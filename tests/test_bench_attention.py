@@ -29,10 +29,10 @@ def test_every_row_has_its_peers(tmp_path: Path):
         assert 0 < line["p20_ms"] <= line["p50_ms"] <= line["p80_ms"]
         assert (line["gbytes_s"] is not None) == (line["pass"] == "decode")
         groups.setdefault((line["seq_q"], line["extra"], line["dtype"]), set()).add(line["impl"])
-    assert len(groups) == 8 and all(rows.OURS in group for group in groups.values())
+    assert len(groups) == 10 and all(rows.OURS in group for group in groups.values())
     assert groups["256", "padded row", "fp32"] == {rows.OURS, "sdpa_is_causal", "transformers_sdpa"}
     assert groups["512", "", "bf16"] == {rows.OURS, "sdpa_masked"}
-    assert {"sdpa_packed", "sdpa_repeat_kv"} <= groups["1", "", "bf16"]
+    assert {"sdpa_packed", "sdpa_repeat_kv"} <= groups["1", "heads first", "bf16"]
     assert {"gather_sdpa_packed", "contiguous_cache"} <= groups["1", "page=16", "fp32"]
     assert [line["impl"] for line in rows.read_rows(out)] == [line["impl"] for line in found]
 

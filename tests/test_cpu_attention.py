@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, check, make_data, run_kernel
+from kernel_cases import Case, assert_within_budget, check, make_data, run_kernel
 from test_kernel_attention import CASES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +20,7 @@ from hf_attn_kernels import flash_attn_func
 from hf_attn_kernels.cpu import flash, matmul, op, plan, run
 from hf_attn_kernels.cpu.choice import Rule, choose, traits_of
 from hf_attn_kernels.problem import Pattern, Problem
+from hf_attn_kernels.reference import attention_reference
 
 Fence = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
@@ -122,6 +123,33 @@ def problem_of(q: Tensor, k: Tensor, v: Tensor, case: Case, options: dict, cu: t
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float64], ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("layout", ["heads-first", "tokens-first"])
+@pytest.mark.parametrize("keys", [4096, 5001])
+def test_one_query_over_a_long_cache(
+    keys: int, layout: str, heads: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """Both layouts of a cache leave the fused call; with and without the log-sum-exp."""
+    q = torch.randn(1, 1, heads[0], 16).to(dtype)
+    k, v = (torch.randn(1, keys + 2, heads[1], 16).to(dtype) for _ in range(2))
+    if layout == "heads-first":
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    k, v = k[:, 1:-1], v[:, 1:-1]
+    for left in (-1, 4500):
+        exact, exact_lse = attention_reference(q, k, v, window_size=(left, -1))
+        eager, eager_lse = attention_reference(q, k, v, window_size=(left, -1), dtype=dtype)
+        out = flash_attn_func(q, k, v, window_size=(left, -1))
+        again, lse, _ = flash_attn_func(q, k, v, window_size=(left, -1), return_attn_probs=True)
+        assert isinstance(out, Tensor) and torch.equal(out, again)
+        if dtype == torch.float64:
+            torch.testing.assert_close(out, exact, rtol=1e-12, atol=1e-12)
+        else:
+            assert_within_budget("out", out, eager, exact)
+        assert lse is not None
+        assert_within_budget("lse", lse, eager_lse.float(), exact_lse)
+
+
 @pytest.mark.parametrize(
     ("case", "wrong"),
     [
@@ -220,8 +248,11 @@ def test_the_memory_test_sees_scores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["dense", "padded"])
-def test_compiles_as_one_graph(padded: bool) -> None:
-    q, k, v = (torch.randn(2, 20, h, 8, requires_grad=True) for h in (4, 2, 2))
+@pytest.mark.parametrize("q_len", [20, 1], ids=["prefill", "decode"])
+def test_compiles_as_one_graph(padded: bool, q_len: int) -> None:
+    q, k, v = (
+        torch.randn(2, n, h, 8, requires_grad=True) for n, h in ((q_len, 4), (20, 2), (20, 2))
+    )
     keep = torch.ones(2, 20, dtype=torch.bool)
     keep[1, :7] = False
 
@@ -238,6 +269,17 @@ def test_compiles_as_one_graph(padded: bool) -> None:
         results.append((out, *torch.autograd.grad(out.sum(), (q, k, v))))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("q_len", [20, 1], ids=["prefill", "decode"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_opcheck_of_the_shortest_way(q_len: int, causal: bool) -> None:
+    """One fused call, on tensors that lie heads first: strides must be what the fake says."""
+    q, k, v = (torch.randn(2, h, n, 8).transpose(1, 2) for n, h in ((q_len, 4), (20, 2), (20, 2)))
+    numbers = (0.3, -1, 0 if causal and q_len > 1 else -1, 0.0, 0, 0.0, 0, 0)
+    torch.library.opcheck(
+        op.cpu_attention, (q, k[:, -q_len:], v[:, -q_len:], *[None] * 7, *numbers)
+    )
 
 
 def test_opcheck() -> None:
@@ -264,10 +306,10 @@ def test_opcheck() -> None:
         (Case(causal=True, softcap=2.0), "matmul (softcap)"),
         (Case(window=(9, 9), padding="left"), "window (9, 9), row by row: flash"),
         (Case(causal=True, dtype=F16), "float16 runs as float32"),
-        (Case(q_len=1, k_len=8192, causal=True), "streamed tiles"),
+        (Case(head_dim_v=24), "head_dim of v"),
         (Case(causal=True, lengths=((5, 5),)), "sequence by sequence"),
     ],
-    ids=["causal", "softcap", "window", "fp16", "decode", "packed"],
+    ids=["causal", "softcap", "window", "fp16", "DV", "packed"],
 )
 def test_the_plan_says_which_path(case: Case, words: str) -> None:
     data = make_data(case, CPU)

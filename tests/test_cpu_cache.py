@@ -226,16 +226,17 @@ def test_pages_in_order_are_not_copied() -> None:
     assert torch.equal(apart.starting_at(5).read(0, 35), apart.read(5, 40))
 
 
-def test_no_full_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("softcap", [0.0, 5.0], ids=["flash", "matmul"])
+def test_no_full_gather(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long row is read in tiles: no single read comes near its whole length."""
     sizes = []
     read = PagedKeys.read
 
-    def noting(self: PagedKeys, k0: int, k1: int) -> Tensor:
+    def noting(self: PagedKeys, k0: int, k1: int, near: Tensor | None = None) -> Tensor:
         sizes.append(k1 - k0)
-        return read(self, k0, k1)
+        return read(self, k0, k1, near)
 
     monkeypatch.setattr(PagedKeys, "read", noting)
     monkeypatch.setattr("hf_attn_kernels.cpu.matmul.SLAB_ELEMENTS", 2**15)
-    check(Case(name="", lengths=(5000,), page=16))
+    check(Case(name="", lengths=(5000,), page=16, softcap=softcap))
     assert max(sizes) == 1024 and sum(sizes) == 2 * 5000

@@ -42,7 +42,16 @@ def arguments(tmp_path: Path) -> list[str]:
     model = tiny_checkpoint(tmp_path / "tiny", heads=6, kv_heads=3, tokenizer=True)
     return [
         *("--model", str(model), "--cache", str(tmp_path / "cache")),
-        *("--report", str(tmp_path / "report.md"), "--new-tokens", "4", "--context", "150"),
+        *(
+            "--report",
+            str(tmp_path / "report.md"),
+            "--threads",
+            "1",
+            "--new-tokens",
+            "4",
+            "--context",
+            "150",
+        ),
     ]
 
 

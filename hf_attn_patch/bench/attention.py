@@ -8,6 +8,7 @@ Legend: B batch, S tokens, K cached tokens, H heads, G query heads per KV head, 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contenders import Shape, dense_mask, flex, ours, sdpa, sdpa_packed
+from .contenders import DTYPES, Shape, dense_mask, flex, ours, sdpa, sdpa_packed
 from .flops import rate_per_s
 from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
 
@@ -47,20 +48,13 @@ class Row:
     make: Callable[[Shape], Trial]
 
 
-def _heads_first(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Random ``[B, S, H, D]`` that lies as ``[B, H, S, D]``, as transformers' caches do."""
-    batch, length, heads, dim = shape
-    return torch.randn(batch, heads, length, dim).to(dtype).transpose(1, 2)
-
-
 def _tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    from .contenders import DTYPES
-
+    """Random q, k, v ``[B, S, H, D]`` that lie as ``[B, H, S, D]``, as transformers' caches do."""
     dtype = DTYPES[shape.dtype]
-    q = _heads_first(shape.batch, shape.seq_q, shape.heads_q, shape.head_dim, dtype=dtype)
-    k, v = (
-        _heads_first(shape.batch, shape.seq_k, shape.heads_kv, shape.head_dim, dtype=dtype)
-        for _ in range(2)
+    sizes = ((shape.heads_q, shape.seq_q), *[(shape.heads_kv, shape.seq_k)] * 2)
+    q, k, v = (
+        torch.randn(shape.batch, heads, length, shape.head_dim).to(dtype).transpose(1, 2)
+        for heads, length in sizes
     )
     return q, k, v
 
@@ -118,8 +112,11 @@ def window(shape: Shape) -> Trial:
     )
 
 
-def decode(shape: Shape) -> Trial:
+def decode(shape: Shape, *, tokens_first: bool = False) -> Trial:
+    """One query over a cache that lies heads first (transformers) or tokens first (flash-attn)."""
     q, k, v = _tensors(shape)
+    if tokens_first:
+        k, v = k.contiguous(), v.contiguous()
     return Trial(
         contenders={
             OURS: lambda: ours(q, k, v, shape),
@@ -195,7 +192,7 @@ def _shape(pass_: str, batch: int, heads: tuple[int, int], dim: int, q: int, k: 
 
 ROWS = {
     "prefill": Row(
-        full=_shape("forward", 2, (32, 8), 128, 4096, 4096),
+        full=_shape("forward", 2, (16, 4), 128, 4096, 4096),
         quick=_shape("forward", 2, (8, 2), 32, 256, 256),
         extra="padded row",
         make=prefill,
@@ -209,8 +206,14 @@ ROWS = {
     "decode": Row(
         full=_shape("decode", 1, (32, 8), 128, 1, 16384),
         quick=_shape("decode", 1, (8, 2), 32, 1, 1024),
-        extra="",
+        extra="heads first",
         make=decode,
+    ),
+    "decode-tokens-first": Row(
+        full=_shape("decode", 1, (32, 8), 128, 1, 16384),
+        quick=_shape("decode", 1, (8, 2), 32, 1, 1024),
+        extra="tokens first",
+        make=functools.partial(decode, tokens_first=True),
     ),
     "paged": Row(
         full=_shape("decode", 1, (32, 8), 128, 1, 16384),
@@ -219,7 +222,7 @@ ROWS = {
         make=paged,
     ),
 }
-DTYPES = ("fp32", "bf16")
+MEASURED_DTYPES = ("fp32", "bf16")
 # seconds after which a row's rounds end, though not before the third
 BUDGET_S = 20.0
 
@@ -230,6 +233,7 @@ def run(
     out: Path | None = None,
     threads: int = 2,
     quick: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Check and time the CPU rows; each in float32 and bfloat16.
 
@@ -238,6 +242,7 @@ def run(
         out: CSV to append to, row by row.
         threads: CPU threads of every contender.
         quick: small shapes and three rounds, to see that it runs; the figures mean little.
+        say: told each shape before it starts; a full run takes minutes.
 
     Returns:
         One dict for each contender and shape, keyed by the CSV's columns; times in milliseconds.
@@ -257,9 +262,10 @@ def run(
     found: list[dict[str, Any]] = []
     try:
         for name in names:
-            for dtype in DTYPES:
+            for dtype in MEASURED_DTYPES:
                 row = ROWS[name]
                 shape = replace(row.quick if quick else row.full, dtype=dtype)
+                say(f"{name}: {shape}")
                 with torch.no_grad():
                     measured = measure(row, shape, rounds=3 if quick else 25)
                 if out is not None:
@@ -283,7 +289,8 @@ def measure(row: Row, shape: Shape, *, rounds: int) -> list[BenchRow]:
             raise RuntimeError(f"{shape}: {name} {why}; nothing was timed")
         else:
             warnings.warn(f"{shape}: {name} {why}; it is left out", stacklevel=2)
-    timings = time_interleaved(right, rounds=rounds, warmup=1, budget_s=BUDGET_S)
+    # the check was everyone's warm-up
+    timings = time_interleaved(right, rounds=rounds, warmup=0, budget_s=BUDGET_S)
     env = environment()
     lines = []
     for name, timing in timings.items():

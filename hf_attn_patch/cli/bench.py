@@ -23,7 +23,7 @@ def attention_command(
         list[str] | None, typer.Option(help="Only these rows; repeatable. By default all.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Append the results to this CSV.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
     quick: Annotated[bool, typer.Option(help="Small shapes and few rounds.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -35,7 +35,10 @@ def attention_command(
         print_json(found)
         return
     if found:
-        header = [key for key in found[0] if any(row[key] not in (None, "") for row in found)]
+        filled = [key for key in found[0] if any(row[key] not in (None, "") for row in found)]
+        header = [key for key in filled if len(found) == 1 or len({row[key] for row in found}) > 1]
+        if same := [f"{key} {_cell(found[0][key])}" for key in filled if key not in header]:
+            typer.echo("; ".join(same))  # what all rows share needs no column
         print_table(header, [[_cell(row[key]) for key in header] for row in found])
     if out is not None:
         typer.echo(f"appended {len(found)} rows to {out}")

@@ -11,16 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..problem import UNBOUNDED, CacheProblem
+from ..problem import CacheProblem
 from . import run
 from .choice import Traits, choose
 from .pages import Keys, PagedKeys
-from .run import MATMUL
 from .tiling import Scoring
 from .work import Work
-
-# a row with up to this many keys is gathered as one tile, for whichever engine is best
-GATHER_KEYS = 1024
 
 
 def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
@@ -36,19 +32,11 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
 
 def _engine(problem: CacheProblem, call: run.Call) -> str:
-    p, (_, queries, heads, dim) = problem.pattern, call.q.shape
-    keys = max((work.key_count for work in call.works), default=0)
-    if problem.block_table is not None and keys > GATHER_KEYS:
-        return MATMUL
-    if p.window_left != UNBOUNDED:
-        keys = min(keys, p.window_left + queries + p.sink_tokens)
     traits = Traits(
         dtype=call.q.dtype,
-        head_dim=dim,
+        head_dim=call.q.shape[-1],
         head_dim_v=call.v.shape[-1],
-        keys=keys,
-        packed_rows=queries * (heads // call.k.shape[2]),
-        softcap=p.softcap > 0,
+        softcap=problem.pattern.softcap > 0,
     )
     return choose(traits).engine
 

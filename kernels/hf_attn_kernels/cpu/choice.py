@@ -14,11 +14,6 @@ import torch
 from ..problem import UNBOUNDED, Problem
 from .run import FLASH, MATMUL
 
-# keys from which a few queries are served faster by streaming tiles than by one fused call
-STREAM_KEYS = 4096
-# packed rows (queries times heads of a group) that still count as "a few"
-STREAM_ROWS = 32
-
 
 @dataclass(frozen=True)
 class Traits:
@@ -27,8 +22,6 @@ class Traits:
     dtype: torch.dtype
     head_dim: int
     head_dim_v: int
-    keys: int
-    packed_rows: int  # queries * heads of a group
     softcap: bool = False
     dropout: bool = False
     bias_grad: bool = False
@@ -48,11 +41,6 @@ RULES = (
     Rule(MATMUL, "gradient of the bias", lambda t: t.bias_grad),
     Rule(MATMUL, "gradient of the log-sum-exp", lambda t: t.lse_grad),
     Rule(MATMUL, "head_dim of v differs", lambda t: t.head_dim != t.head_dim_v),
-    Rule(
-        MATMUL,
-        "few queries, long keys: streamed tiles",
-        lambda t: t.keys >= STREAM_KEYS and t.packed_rows <= STREAM_ROWS,
-    ),
     Rule(MATMUL, "float16 runs as float32", lambda t: t.dtype == torch.float16),
     Rule(FLASH, "PyTorch's fused kernel", lambda t: True),
 )
@@ -63,18 +51,10 @@ def choose(traits: Traits) -> Rule:
 
 
 def traits_of(problem: Problem, *, bias_grad: bool = False, lse_grad: bool = False) -> Traits:
-    q, k = problem.q, problem.k
-    queries = problem.max_seqlen_q if problem.packed else q.shape[1]
-    keys = problem.max_seqlen_k if problem.packed else k.shape[1]
-    left = problem.pattern.window_left
-    if left != UNBOUNDED:  # what a query reads, not what there is
-        keys = min(keys, left + queries + problem.pattern.sink_tokens)
     return Traits(
-        dtype=q.dtype,
-        head_dim=q.shape[-1],
+        dtype=problem.q.dtype,
+        head_dim=problem.q.shape[-1],
         head_dim_v=problem.v.shape[-1],
-        keys=keys,
-        packed_rows=queries * (q.shape[-2] // k.shape[-2]),
         softcap=problem.pattern.softcap > 0,
         dropout=problem.pattern.dropout_p > 0,
         bias_grad=bias_grad,

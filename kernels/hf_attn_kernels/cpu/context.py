@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,10 @@ from torch import Tensor
 
 from .masks import Masks
 from .tiling import Scoring
+
+# PyTorch's own fused kernel: (q, k, v, dropout_p, is_causal, attn_mask=, scale=) -> (out, lse), on
+# [B, H, S, D]; the masked-out row of its lse is 0
+fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +43,15 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def combine(out1: Tensor, lse1: Tensor, out2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys, from that over each.
-
-    out ``[..., D]`` and lse ``[...]`` in the dtype of sums; an lse of -inf marks an empty set.
-    """
-    lse = torch.logaddexp(lse1, lse2)
-    safe = lse.masked_fill(torch.isneginf(lse), 0.0)
-    weight1, weight2 = (lse1 - safe).exp_(), (lse2 - safe).exp_()
-    return out1 * weight1[..., None] + out2 * weight2[..., None], lse
+def combine(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Attention over disjoint sets of keys put together, from out ``[..., D]`` and lse ``[...]``
+    over each; in the dtype of lse. An lse of -inf marks a set of which nothing is seen."""
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([lse for _, lse in parts])
+    lse = torch.logsumexp(lses, dim=0)
+    weights = (lses - lse.masked_fill(torch.isneginf(lse), 0.0)).exp_()
+    out = torch.zeros_like(parts[0][0], dtype=lse.dtype)
+    for (share, _), weight in zip(parts, weights.unbind(), strict=True):
+        out.addcmul_(share.to(out.dtype), weight[..., None])
+    return out, lse

@@ -14,24 +14,34 @@ import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED
-from .context import Context, combine
+from .context import Context, combine, fused_forward
 from .masks import Mask
-from .pages import Keys
-from .tiling import Block, Kind, Scoring, causal_blocks, query_blocks
+from .one_query import one_query
+from .pages import Keys, PagedKeys
+from .tiling import Block, Kind, Scoring, Tile, causal_blocks, query_blocks, strips
 from .work import Work
 
-_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 # up to this many queries a group's heads are packed into the rows: one pass over the keys
 PACK_QUERIES = 128
 # rows of a packed matmul that a window's block aims at; more would read more outside the window
 WINDOW_ROWS = 256
+# elements of the queries that one call of a window's strip takes
+STRIP_ELEMENTS = 2**21
+# queries of a block and keys of a tile where keys must be gathered from pages
+PAGED_QUERIES = 256
+PAGED_KEYS = 1024
 # elements of a mask that bias, ALiBi or holes may take
 MASK_ELEMENTS = 2**22
 
 
-def blocks(work: Work, scoring: Scoring, groups: int) -> Iterator[Block]:
+def blocks(
+    work: Work, scoring: Scoring, heads: int, heads_kv: int, dim: int, *, paged: bool = False
+) -> Iterator[Block]:
+    if paged:
+        return query_blocks(work, scoring, rows=PAGED_QUERIES, tile_keys=PAGED_KEYS)
+    groups = heads // heads_kv
     p = scoring.pattern
     plain = not scoring.adds and work.positions is None
     if plain and p.window_left == UNBOUNDED and p.window_right in (UNBOUNDED, 0):
@@ -42,12 +52,16 @@ def blocks(work: Work, scoring: Scoring, groups: int) -> Iterator[Block]:
         )
     keys = max(work.key_count, 1)
     if plain:
-        rows = min(max(WINDOW_ROWS // groups, 64), 128)
-    else:
-        mask_heads = 1 if scoring.alibi_slopes is None else scoring.alibi_slopes.shape[1]
-        if scoring.bias is not None:
-            mask_heads = max(mask_heads, scoring.bias.shape[1])
-        rows = max(min(MASK_ELEMENTS // (mask_heads * work.row_count * keys), 128), 8)
+        narrow = UNBOUNDED not in (p.window_left, p.window_right) and (
+            p.window_left + p.window_right < WINDOW_ROWS
+        )
+        rows = 32 if narrow else min(max(WINDOW_ROWS // groups, 32), 64)
+        each = query_blocks(work, scoring, rows=rows, tile_keys=keys)
+        return strips(each, max(STRIP_ELEMENTS // (heads * rows * dim), 1))
+    mask_heads = 1 if scoring.alibi_slopes is None else scoring.alibi_slopes.shape[1]
+    if scoring.bias is not None:
+        mask_heads = max(mask_heads, scoring.bias.shape[1])
+    rows = max(min(MASK_ELEMENTS // (mask_heads * work.row_count * keys), 128), 8)
     return query_blocks(work, scoring, rows=rows, tile_keys=keys)
 
 
@@ -55,23 +69,50 @@ def forward(
     ctx: Context, work: Work, block: Block, q: Tensor, k: Keys, v: Keys
 ) -> tuple[Tensor, Tensor]:
     """q ``[b, m, Hq, D]``, k and v ``[b, K, Hkv, D]`` -> out ``[b, Hkv, G, m, D]``, lse the same
-    without D."""
+    without D. Of a strip of s blocks q is ``[1, s * m, Hq, D]`` and the answer's b is s."""
     assert block.tiles  # a block that sees nothing is the caller's
+    if block.strip > 1:
+        return _strip_forward(ctx, work, block, q, k, v)
     parts = []
     for tile in block.tiles:
         o, lse = _tile_forward(
             q.transpose(1, 2),
-            tile.read(k).transpose(1, 2),
-            tile.read(v).transpose(1, 2),
+            tile.read(k, _page_buffer(ctx, "page keys", tile, k)).transpose(1, 2),
+            tile.read(v, _page_buffer(ctx, "page values", tile, v)).transpose(1, 2),
             tile.kind,
             ctx.masks(work, block, tile),
             ctx.scoring.pattern.scaling,
         )
         parts.append((o, lse))
-    out, lse = parts[0]
-    for o, more in parts[1:]:
-        out, lse = combine(out.to(ctx.dtype), lse, o.to(ctx.dtype), more)
-    return out, lse
+    return combine(parts)
+
+
+def _page_buffer(ctx: Context, name: str, tile: Tile, x: Keys) -> Tensor | None:
+    """Where a tile's pages are gathered: memory that is still in the cache from the last tile."""
+    if not isinstance(x, PagedKeys):
+        return None
+    return ctx.buffer(name, (x.gathered_elements(tile.key_count),), x.dtype)
+
+
+def _strip_forward(
+    ctx: Context, work: Work, block: Block, q: Tensor, k: Keys, v: Keys
+) -> tuple[Tensor, Tensor]:
+    """All blocks of a strip as the batch of one call: overlapping views of the keys, one mask."""
+    assert isinstance(k, Tensor) and isinstance(v, Tensor) and q.shape[0] == 1
+    tile, step = block.tiles[0], block.q1 - block.q0
+    ((k0, k1),) = tile.spans
+    keys, values = (
+        x.as_strided(
+            (block.strip, k1 - k0, *x.shape[2:]),
+            (step * x.stride(1), *x.stride()[1:]),
+            x.storage_offset() + k0 * x.stride(1),
+        ).transpose(1, 2)
+        for x in (k, v)
+    )
+    queries = q.reshape(block.strip, step, *q.shape[2:]).transpose(1, 2)
+    first = next(block.each())
+    mask = ctx.masks(work, first, tile)
+    return _tile_forward(queries, keys, values, tile.kind, mask, ctx.scoring.pattern.scaling)
 
 
 def _tile_forward(
@@ -79,12 +120,16 @@ def _tile_forward(
 ) -> tuple[Tensor, Tensor]:
     batch, heads, m, dim = q.shape
     groups = heads // k.shape[1]
+    if m == 1 and mask is None:
+        out, lse = one_query(q.reshape(batch, k.shape[1], groups, dim), k, v, scaling)
+        assert lse is not None  # asked for
+        return out.unsqueeze(3), lse.unsqueeze(3)
     pack = groups > 1 and m <= PACK_QUERIES and kind is not Kind.CAUSAL
     add = None if mask is None else mask.add
     if pack:
         q = q.reshape(batch, k.shape[1], groups * m, dim)
         add = None if add is None else _pack_mask(add, groups)
-    out, lse = _forward(q, k, v, 0.0, kind is Kind.CAUSAL, attn_mask=add, scale=scaling)
+    out, lse = fused_forward(q, k, v, 0.0, kind is Kind.CAUSAL, attn_mask=add, scale=scaling)
     if pack:  # a view: copying waits until it is written to its place
         out = out.view(batch, k.shape[1], groups, m, dim)
         lse = lse.reshape(batch, k.shape[1], groups, m)
@@ -118,13 +163,14 @@ def backward(
     grad_v: Tensor,
 ) -> Tensor:
     """Adds to grad_k and grad_v ``[b, K, Hkv, D]``; returns the gradient of q ``[b, m, Hq, D]``.
+    No strips: their blocks come one by one.
 
     out and grad_out are ``[b, m, Hq, D]``; lse ``[b, Hq, m]``, +inf for rows that see nothing.
     """
     grad_q: Tensor | None = None
     for tile in block.tiles:
         mask = ctx.masks(work, block, tile)
-        dq, dk, dv = _backward(
+        dq, dk, dv = fused_backward(
             grad_out.transpose(1, 2),
             q.transpose(1, 2),
             tile.read(k).transpose(1, 2),

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import philox
 from .context import Context
 from .masks import bias_tile, key_positions
-from .pages import Keys, read_range
+from .pages import Keys, PagedKeys, read_range
 from .tiling import Block, Scoring, Tile, query_blocks
 from .work import Work
 
@@ -147,6 +147,14 @@ def _heads_first(part: Tensor, dtype: torch.dtype, copy: Tensor | None = None) -
     return copy[: part.numel()].view(part.shape).copy_(part).view(batch * heads, n, dim)
 
 
+def _read(ctx: Context, x: Keys, k0: int, k1: int, most: int) -> Tensor:
+    """A slab ``[b, k1 - k0, Hkv, D]``; pages are gathered where the slab before it was."""
+    near = None
+    if isinstance(x, PagedKeys):
+        near = ctx.buffer("pages", (x.gathered_elements(most),), x.dtype)
+    return read_range(x, k0, k1, near)
+
+
 def _slab(x: Keys, lead: int) -> int:
     """Keys that are converted together, so that the copy is still in the cache when it is read."""
     return max(SLAB_ELEMENTS // (lead * x.shape[-1]), 16)
@@ -171,7 +179,7 @@ def _times_values(ctx: Context, tile: Tile, p: Tensor, v: Keys) -> Tensor:
         copy = None
         if not in_place:
             copy = ctx.buffer("values", (lead * min(most, k1 - k0) * dim,), p.dtype)
-        values = _heads_first(read_range(v, k0, k1), p.dtype, copy)
+        values = _heads_first(_read(ctx, v, k0, k1, most), p.dtype, copy)
         part = torch.bmm(p[..., place : place + k1 - k0], values).to(ctx.dtype)
         out = part if out is None else out.add_(part)
     assert out is not None
@@ -192,7 +200,7 @@ def _scores(
     most = _slab(k, lead)
     for place, k0, k1 in tile.slabs(most):
         copy = ctx.buffer("keys", (lead * min(most, k1 - k0) * dim,), ctx.dtype)
-        keys = _heads_first(read_range(k, k0, k1), ctx.dtype, copy).transpose(1, 2)
+        keys = _heads_first(_read(ctx, k, k0, k1, most), ctx.dtype, copy).transpose(1, 2)
         if k1 - k0 == tile.key_count:
             torch.bmm(rows, keys, out=s)
         else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Pattern, Problem
-from . import run
+from . import direct, run
 from .choice import choose, traits_of
 from .context import sum_dtype
 from .tiling import Scoring
@@ -27,25 +27,31 @@ _TENSORS = (
 _NUMBERS = ("scaling", "window_left", "window_right", "softcap", "sink_tokens", "dropout_p")
 
 
-def attention(problem: Problem) -> tuple[Tensor, Tensor]:
+def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
     """out ``[B, Q, Hq, Dv]`` (packed ``[Tq, Hq, Dv]``) and the natural log-sum-exp, float32,
-    ``[B, Hq, Q]`` (packed ``[Hq, Tq]``); differentiable."""
+    ``[B, Hq, Q]`` (packed ``[Hq, Tq]``); differentiable. Where the problem does not need the
+    log-sum-exp, None may come in its place."""
     tensors = [getattr(problem, name) for name in _TENSORS]
     if torch.compiler.is_compiling() or _needs_grad(tensors):
         numbers = [getattr(problem.pattern, name) for name in _NUMBERS]
         lengths = (problem.max_seqlen_q, problem.max_seqlen_k)
         out, lse = cpu_attention(*tensors, *numbers, *lengths)
     else:
-        out, lse = _forward(problem)
-    return out, lse.to(torch.float32)
+        out, lse = _forward(problem, need_lse=problem.need_lse)
+    return out, None if lse is None else lse.to(torch.float32)
 
 
 def _needs_grad(tensors: list[Tensor | None]) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    out, lse = run.forward(_call(problem), choose(traits_of(problem)).engine)
+def _forward(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+    engine = choose(traits_of(problem)).engine
+    if engine == run.FLASH:
+        found = direct.attention(problem, need_lse=need_lse)
+        if found is not None:
+            return found
+    out, lse = run.forward(_call(problem), engine)
     return (out[0], lse[0]) if problem.packed else (out, lse)
 
 
@@ -99,7 +105,9 @@ def cpu_attention(
         scaling, window_left, window_right, softcap, sink_tokens, dropout_p, max_seqlen_q,
         max_seqlen_k,
     )  # fmt: skip
-    return _forward(_problem(tensors, numbers))
+    out, lse = _forward(_problem(tensors, numbers), need_lse=True)
+    assert lse is not None  # asked for
+    return out, lse
 
 
 @cpu_attention.register_fake

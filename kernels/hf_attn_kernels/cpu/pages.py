@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import torch
@@ -31,8 +32,12 @@ class PagedKeys:
     def starting_at(self, key: int) -> PagedKeys:
         return PagedKeys(self.cache, self.pages, self.first + key)
 
-    def read(self, k0: int, k1: int) -> Tensor:
-        """Keys ``k0 <= j < k1``: ``[1, k1 - k0, H, D]``."""
+    def gathered_elements(self, keys: int) -> int:
+        """Elements that gathering a range of `keys` keys may take: whole pages at both ends."""
+        return (keys + 2 * self.cache.shape[1]) * math.prod(self.cache.shape[2:])
+
+    def read(self, k0: int, k1: int, near: Tensor | None = None) -> Tensor:
+        """Keys ``k0 <= j < k1``: ``[1, k1 - k0, H, D]``, gathered into the flat `near` if given."""
         size = self.cache.shape[1]
         k0, k1 = k0 + self.first, k1 + self.first
         start = k0 // size
@@ -40,13 +45,16 @@ class PagedKeys:
         if pages == list(range(pages[0], pages[0] + len(pages))):
             found = self.cache[pages[0] : pages[-1] + 1]
         else:
-            found = self.cache.index_select(0, torch.tensor(pages))
+            shape = (len(pages), *self.cache.shape[1:])
+            found = self.cache.new_empty(shape) if near is None else near[: math.prod(shape)]
+            found = found.view(shape)
+            torch.index_select(self.cache, 0, torch.tensor(pages), out=found)
         return found.flatten(0, 1)[None, k0 - start * size : k1 - start * size]
 
 
 Keys: TypeAlias = Tensor | PagedKeys  # keys or values as an engine reads them, by ranges
 
 
-def read_range(x: Keys, k0: int, k1: int) -> Tensor:
-    """``[b, k1 - k0, H, D]``; a view, unless pages had to be gathered."""
-    return x.read(k0, k1) if isinstance(x, PagedKeys) else x[:, k0:k1]
+def read_range(x: Keys, k0: int, k1: int, near: Tensor | None = None) -> Tensor:
+    """``[b, k1 - k0, H, D]``; a view, unless pages had to be gathered (into `near`, if given)."""
+    return x.read(k0, k1, near) if isinstance(x, PagedKeys) else x[:, k0:k1]

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..problem import UNBOUNDED
 from . import flash, matmul
 from .context import Context, sum_dtype
-from .pages import Keys
+from .pages import Keys, PagedKeys
 from .tiling import Block, Scoring
 from .work import NO_SEQUENCE, Work
 
@@ -54,18 +55,17 @@ def forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
         q = call.q[work.rows, work.queries]
         k, v = work.select_keys(call.k), work.select_keys(call.v)
         for block in _blocks(call, work, engine):
-            part = slice(work.queries.start + block.q0, work.queries.start + block.q1)
+            part = slice(work.queries.start + block.q0, work.queries.start + block.end)
             if not block.tiles:
                 out[work.rows, part] = 0.0
                 sink = None if work.number == NO_SEQUENCE else call.s_aux
                 lse[work.rows, :, part] = float("-inf") if sink is None else sink[:, None]
                 continue
-            o, ell = run(ctx, work, block, q[:, block.q0 : block.q1], k, v)
-            grouped = o.shape[1:3]  # Hkv, G
+            o, ell = run(ctx, work, block, q[:, block.q0 : block.end], k, v)
             if call.s_aux is not None:
-                o, ell = _with_sink(o, ell, call.s_aux.view(*grouped, 1))
-            out[work.rows, part].unflatten(2, grouped).copy_(o.permute(0, 3, 1, 2, 4))
-            lse[work.rows, :, part].unflatten(1, grouped).copy_(ell)
+                o, ell = _with_sink(o, ell, call.s_aux.view(*o.shape[1:3], 1))
+            _store(out[work.rows, part], o, block.strip)
+            _store(lse[work.rows, :, part].transpose(1, 2), ell, block.strip)
     return out, lse
 
 
@@ -106,7 +106,7 @@ def backward(
         if work.positions is not None:
             dk, dv = torch.zeros(k.shape, dtype=dtype), torch.zeros(v.shape, dtype=dtype)
         ell, dl = lse[work.rows, :, work.queries], delta[work.rows, :, work.queries]
-        for block in _blocks(call, work, engine):
+        for block in (one for strip in _blocks(call, work, engine) for one in strip.each()):
             if not block.tiles:
                 continue
             i = slice(block.q0, block.q1)
@@ -132,17 +132,28 @@ def backward(
     )
 
 
+def _store(place: Tensor, x: Tensor, strip: int) -> None:
+    """Writes ``[s or b, Hkv, G, m, ...]`` to its place, ``[b, s * m, Hq, ...]``."""
+    if strip > 1:
+        place = place[0].unflatten(0, (strip, -1))  # [s, m, Hq, ...]
+    place.unflatten(2, x.shape[1:3]).copy_(x.movedim(3, 1))
+
+
 def _blocks(call: Call, work: Work, engine: str) -> Iterator[Block]:
-    groups = call.q.shape[2] // call.k.shape[2]
+    heads, heads_kv = call.q.shape[2], call.k.shape[2]
     if engine == FLASH:
-        return flash.blocks(work, call.scoring, groups)
-    return matmul.blocks(work, call.scoring, groups, call.k.shape[2])
+        paged = isinstance(call.k, PagedKeys)
+        return flash.blocks(work, call.scoring, heads, heads_kv, call.q.shape[3], paged=paged)
+    return matmul.blocks(work, call.scoring, heads // heads_kv, heads_kv)
 
 
 def _split(call: Call, engine: str) -> Iterator[Work]:
-    """The pieces; for matmuls long queries row by row, so that a tile of scores stays small."""
+    """The pieces; long queries row by row for matmuls, so that a tile of scores stays small, and
+    for windows, so that blocks can take the place of the batch."""
+    p = call.scoring.pattern
+    whole = engine == FLASH and p.window_left == UNBOUNDED and p.window_right in (UNBOUNDED, 0)
     for work in call.works:
-        if engine == FLASH or work.row_count == 1 or work.query_count < 16:
+        if whole or work.row_count == 1 or work.query_count < 16:
             yield work
             continue
         for row in range(work.row_count):

@@ -7,8 +7,8 @@ Shape letters as in :mod:`..problem`; m queries of a block, n keys of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -32,10 +32,17 @@ class Tile:
     spans: tuple[tuple[int, int], ...]
     kind: Kind
 
-    def read(self, x: Keys) -> Tensor:
-        """``[b, K, H, D]`` -> ``[b, n, H, D]``; a view where the tile is one range."""
-        parts = [read_range(x, k0, k1) for k0, k1 in self.spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    def moved(self, by: int) -> Tile:
+        return Tile(tuple((k0 + by, k1 + by) for k0, k1 in self.spans), self.kind)
+
+    def read(self, x: Keys, near: Tensor | None = None) -> Tensor:
+        """``[b, K, H, D]`` -> ``[b, n, H, D]``; a view where the tile is one range.
+
+        Pages of one range are gathered into the flat `near`, if given.
+        """
+        if len(self.spans) == 1:
+            return read_range(x, *self.spans[0], near)
+        return torch.cat([read_range(x, k0, k1) for k0, k1 in self.spans], dim=1)
 
     def slabs(self, most: int) -> Iterator[tuple[int, int, int]]:
         """The ranges in pieces of at most `most` keys: (place in the tile, first key, end)."""
@@ -64,11 +71,28 @@ class Tile:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries ``q0 <= i < q1`` of a piece. Without tiles they see nothing: zeros."""
+    """Queries ``q0 <= i < q1`` of a piece. Without tiles they see nothing: zeros.
+
+    With `strip` > 1 it stands for that many equal blocks of a window, each as far behind the one
+    before it, in queries and in keys, as the block is long.
+    """
 
     q0: int
     q1: int
     tiles: tuple[Tile, ...]
+    strip: int = 1
+
+    @property
+    def end(self) -> int:
+        """Behind the last query, of the whole strip."""
+        return self.q0 + self.strip * (self.q1 - self.q0)
+
+    def each(self) -> Iterator[Block]:
+        """The blocks of the strip one by one."""
+        step = self.q1 - self.q0
+        for by in range(0, self.strip * step, step):
+            tiles = tuple(tile.moved(by) for tile in self.tiles) if by else self.tiles
+            yield Block(self.q0 + by, self.q1 + by, tiles)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,21 +138,41 @@ def query_blocks(work: Work, scoring: Scoring, *, rows: int, tile_keys: int) -> 
         yield Block(q0, q1, tuple(_tiles(work, scoring, q0, q1, tile_keys)))
 
 
+def strips(blocks: Iterable[Block], most: int) -> Iterator[Block]:
+    """Puts up to `most` neighbouring blocks together where each is the one before it, moved."""
+    strip: Block | None = None
+    for block in blocks:
+        step = block.q1 - block.q0
+        if (
+            strip is not None
+            and strip.strip < most
+            and step == strip.q1 - strip.q0
+            and len(block.tiles) == 1
+            and len(block.tiles[0].spans) == 1
+            and block.tiles == tuple(t.moved(block.q0 - strip.q0) for t in strip.tiles)
+        ):
+            strip = replace(strip, strip=strip.strip + 1)
+            continue
+        if strip is not None:
+            yield strip
+        strip = block
+    if strip is not None:
+        yield strip
+
+
 def _tiles(work: Work, scoring: Scoring, q0: int, q1: int, tile_keys: int) -> Iterator[Tile]:
     p, k_len = scoring.pattern, work.key_count
     low, high = 0, k_len
     first, last = q0 + work.offset, q1 - 1 + work.offset  # keys on the diagonal
-    holes = work.positions is not None
     sinks = 0
-    if not holes:
-        if p.window_right != UNBOUNDED:
-            high = min(high, last + p.window_right + 1)
-        if p.window_left != UNBOUNDED:
-            low = max(first - p.window_left, 0)
-            sinks = min(p.sink_tokens, high)
-            if low <= sinks:
-                low = 0
-            low -= 0 if work.exact else low % KEY_ALIGN
+    if p.window_right != UNBOUNDED:
+        high = min(high, work.keys_before(last + p.window_right + 1))
+    if p.window_left != UNBOUNDED:
+        low = work.keys_before(first - p.window_left)
+        low -= 0 if work.exact else low % KEY_ALIGN
+        sinks = min(work.keys_before(p.sink_tokens), high)
+        if low <= sinks:
+            low = 0
     if high <= min(low, sinks) or (high <= low and not sinks):
         return
     if low >= high:  # only the sinks are left
@@ -137,7 +181,7 @@ def _tiles(work: Work, scoring: Scoring, q0: int, q1: int, tile_keys: int) -> It
     # keys that the whole block sees: no mask needed
     seen_from = 0 if p.window_left == UNBOUNDED else last - p.window_left
     seen_to = k_len if p.window_right == UNBOUNDED else first + p.window_right + 1
-    plain = not scoring.adds and not holes
+    plain = not scoring.adds and work.positions is None
     spans = [(k0, min(k0 + tile_keys, high)) for k0 in range(low, high, tile_keys)]
     for number, (k0, k1) in enumerate(spans):
         full = plain and k0 >= seen_from and k1 <= seen_to

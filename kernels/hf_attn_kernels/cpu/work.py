@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .pages import Keys, PagedKeys
@@ -49,6 +50,12 @@ class Work:
         if self.positions is not None:
             return self.positions.numel()
         return int(self.keys.stop - self.keys.start)
+
+    def keys_before(self, position: int) -> int:
+        """How many of the keys stand before `position`."""
+        if self.positions is None:
+            return min(max(position, 0), self.key_count)
+        return int(torch.searchsorted(self.positions, position))
 
     def select_keys(self, x: Keys) -> Keys:
         """This piece's part of k or v: ``[B, K, H, D]`` -> ``[rows, keys, H, D]``."""

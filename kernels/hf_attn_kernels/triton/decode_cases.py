@@ -37,24 +37,30 @@ class DecodeCall:
     indexed: bool = False  # batch_idx and leftpad
 
 
-def _tiles(dtype: torch.dtype, dims: tuple[int, ...], pages: tuple[int, ...]) -> list[DecodeCall]:
-    """One row, and enough rows for each larger tile of the table."""
+def _tiles(
+    dtype: torch.dtype, dims: tuple[int, ...], pages: tuple[int, ...], tokens: tuple[int, ...]
+) -> list[DecodeCall]:
+    """One token, and more of them for the larger tiles of the table."""
     return [
         DecodeCall(
-            name=f"{NAMES[dtype]}-D{dim}-Q{tokens}-page{page}",
-            dtype=dtype, head_dim=dim, tokens=tokens, page_size=page,
-            splits=8 if tokens == 1 else 1,
+            name=f"{NAMES[dtype]}-D{dim}-Q{count}-page{page}",
+            dtype=dtype, head_dim=dim, tokens=count, page_size=page,
+            splits=8 if count == 1 else 1,
         )
         for dim in dims
-        for tokens in (1, 8, 16, 256)
+        for count in tokens
         for page in pages
     ]  # fmt: skip
 
 
 CALLS: tuple[DecodeCall, ...] = (
-    *_tiles(torch.bfloat16, (64, 80, 128, 256, 512), (0, 16, 64)),
-    *_tiles(torch.float16, (64, 128), (0, 16)),
-    *_tiles(torch.float32, (64, 128, 256, 512), (0, 16)),
+    # with G = 4: tiles of 16, 32, 64 and 128 rows
+    *_tiles(torch.bfloat16, (64, 128, 256, 512), (0, 16), (1, 8, 16, 256)),
+    *_tiles(torch.bfloat16, (128,), (64,), (1, 256)),
+    *_tiles(torch.bfloat16, (80,), (16,), (1, 256)),
+    *_tiles(torch.float16, (64, 128), (16,), (1, 256)),
+    *_tiles(torch.float32, (64, 128, 256, 512), (16,), (1, 8)),
+    *_tiles(torch.float32, (128,), (0,), (1, 8)),
     DecodeCall(name="bf16-D128-mha", groups=1),
     DecodeCall(name="bf16-D128-mqa", groups=32, heads_kv=1),
     DecodeCall(name="bf16-D128-one-split", splits=1),
