@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .problem import UNBOUNDED, CacheProblem, Pattern, Problem
+from .problem import UNBOUNDED, Pattern, Problem
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
@@ -63,7 +63,7 @@ def check_problem(p: Problem) -> None:
     for name, t in (("q", p.q), ("k", p.k), ("v", p.v)):
         if t.dim() != rank:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(t.shape)}")
-    _check_dtypes(p.q, p.k, p.v)
+    check_dtypes(p.q, p.k, p.v)
     check_heads(p.q, p.k, p.v)
     if p.k.shape[:-1] != p.v.shape[:-1]:
         raise ValueError(
@@ -114,7 +114,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def _check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     allowed = (*FLOAT_DTYPES, torch.float64) if q.device.type == "cpu" else FLOAT_DTYPES
@@ -211,4 +211,4 @@ def check_alibi(slopes: Tensor, batch: int, heads_q: int) -> None:
         raise ValueError(f"alibi_slopes must be float32, got {slopes.dtype}")
 
 
-__all__ = ["CacheProblem", "check_alibi", "check_heads", "check_pattern", "check_problem"]
+__all__ = ["check_alibi", "check_dtypes", "check_heads", "check_pattern", "check_problem"]
