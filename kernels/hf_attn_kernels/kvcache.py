@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_dtypes as check_dtypes
-from .checks import check_alibi, check_heads
+from .checks import check_alibi, check_dtypes, check_heads
 from .problem import CacheProblem, Pattern
 
 PAGE_MULTIPLE = 16
