@@ -72,7 +72,7 @@ format: $(VENV)/.ready
 	$(BIN) -m ruff check --fix .
 
 bench: $(VENV)/.ready
-	$(BIN) scripts/bench_attention.py $(ARGS)
+	$(BIN) scripts/bench_attention.py --out results/attention_cpu.csv $(ARGS)
 
 results: $(VENV)/.ready
 	$(BIN) scripts/readme_tables.py

@@ -239,4 +239,4 @@ def test_no_full_gather(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(PagedKeys, "read", noting)
     monkeypatch.setattr("hf_attn_kernels.cpu.matmul.SLAB_ELEMENTS", 2**15)
     check(Case(name="", lengths=(5000,), page=16, softcap=softcap))
-    assert max(sizes) == 1024 and sum(sizes) == 2 * 5000
+    assert max(sizes) <= 2048 and sum(sizes) == 2 * 5000

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..problem import UNBOUNDED
 from .context import Context, combine, fused_forward
 from .masks import Mask
-from .one_query import one_query
+from .one_query import in_pieces, one_query
 from .pages import Keys, PagedKeys
 from .tiling import Block, Kind, Scoring, Tile, causal_blocks, query_blocks, strips
 from .work import Work
@@ -32,6 +32,7 @@ STRIP_ELEMENTS = 2**21
 # queries of a block and keys of a tile where keys must be gathered from pages
 PAGED_QUERIES = 256
 PAGED_KEYS = 1024
+PAGED_KEYS_DECODE = 2048
 # elements of a mask that bias, ALiBi or holes may take
 MASK_ELEMENTS = 2**22
 
@@ -40,7 +41,8 @@ def blocks(
     work: Work, scoring: Scoring, heads: int, heads_kv: int, dim: int, *, paged: bool = False
 ) -> Iterator[Block]:
     if paged:
-        return query_blocks(work, scoring, rows=PAGED_QUERIES, tile_keys=PAGED_KEYS)
+        tile_keys = PAGED_KEYS if work.query_count > 1 else PAGED_KEYS_DECODE
+        return query_blocks(work, scoring, rows=PAGED_QUERIES, tile_keys=tile_keys)
     groups = heads // heads_kv
     p = scoring.pattern
     plain = not scoring.adds and work.positions is None
@@ -73,18 +75,26 @@ def forward(
     assert block.tiles  # a block that sees nothing is the caller's
     if block.strip > 1:
         return _strip_forward(ctx, work, block, q, k, v)
-    parts = []
+    parts: list[tuple[Tensor, Tensor]] = []
     for tile in block.tiles:
-        o, lse = _tile_forward(
-            q.transpose(1, 2),
-            tile.read(k, _page_buffer(ctx, "page keys", tile, k)).transpose(1, 2),
-            tile.read(v, _page_buffer(ctx, "page values", tile, v)).transpose(1, 2),
-            tile.kind,
-            ctx.masks(work, block, tile),
-            ctx.scoring.pattern.scaling,
+        keys, values = (
+            tile.read(x, _page_buffer(ctx, name, tile, x)).transpose(1, 2)
+            for name, x in (("page keys", k), ("page values", v))
         )
-        parts.append((o, lse))
+        mask, scaling = ctx.masks(work, block, tile), ctx.scoring.pattern.scaling
+        if _just_gathered(k, tile) and q.shape[1] == 1 and mask is None:
+            packed = q.reshape(1, keys.shape[1], -1, q.shape[3])
+            pieces = in_pieces(packed, keys, values, scaling, torch.get_num_threads())
+            parts += [(o.unsqueeze(3), lse.unsqueeze(3)) for o, lse in pieces]
+            continue
+        parts.append(_tile_forward(q.transpose(1, 2), keys, values, tile.kind, mask, scaling))
     return combine(parts)
+
+
+def _just_gathered(k: Keys, tile: Tile) -> bool:
+    """Whether all threads have just written the tile, each its share of the tokens. Each should
+    then read what it wrote: out of another core's cache it can come slower than from memory."""
+    return isinstance(k, PagedKeys) and 1 < torch.get_num_threads() <= tile.key_count
 
 
 def _page_buffer(ctx: Context, name: str, tile: Tile, x: Keys) -> Tensor | None:

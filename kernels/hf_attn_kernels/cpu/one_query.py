@@ -39,16 +39,26 @@ def one_query(
 def _tokens_first(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """A head's own keys are far apart: cut into pieces that go through one call as its batch, all
     heads of a piece are read while it is near."""
+    out, lse = combine(in_pieces(q, k, v, scaling, PIECES))
+    return out.to(q.dtype), lse
+
+
+def in_pieces(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, count: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The keys in `count` equal pieces and perhaps a rest: out and lse over each, to be combined.
+
+    q ``[1, Hkv, G, D]``, k and v ``[1, Hkv, K, D]`` with K >= `count`.
+    """
     length = k.shape[2]
-    piece = length // PIECES
-    cut = PIECES * piece
-    pieces = (x[0, :, :cut].unflatten(1, (PIECES, piece)).transpose(0, 1) for x in (k, v))
-    outs, lses = fused_forward(q.expand(PIECES, -1, -1, -1), *pieces, scale=scaling)
+    piece = length // count
+    cut = count * piece
+    pieces = (x[0, :, :cut].unflatten(1, (count, piece)).transpose(0, 1) for x in (k, v))
+    outs, lses = fused_forward(q.expand(count, -1, -1, -1), *pieces, scale=scaling)
     parts = [*zip(outs.split(1), lses.split(1), strict=True)]
     if cut < length:
         parts.append(fused_forward(q, k[:, :, cut:], v[:, :, cut:], scale=scaling))
-    out, lse = combine(parts)
-    return out.to(q.dtype), lse
+    return parts
 
 
 def _heads_first(
