@@ -10,13 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checkpoint import CONFIG, INDEX
-from .kv_heads import change_kv_heads
+from .layer import config_after, convert_layer
 from .output import atomic_folder, write_json
-from .plan import EXACT, ConversionPlan, Work, parts_of, plan_conversion
+from .plan import ConversionPlan, Work, plan_conversion
 from .safetensors_file import TensorInfo, tensor_bytes, write_file
 
 # (bytes done, bytes in all, tensor just written)
@@ -94,7 +93,7 @@ def _write(work: Work, folder: Path, progress: Progress) -> None:
     record = folder / RECORD
     record.unlink(missing_ok=True)  # the source's own, if it was converted too
     write_json(record, _record(work.plan))
-    write_json(folder / CONFIG, _config(work))
+    write_json(folder / CONFIG, config_after(work))
 
 
 class _Tensors:
@@ -110,39 +109,8 @@ class _Tensors:
         if place is None:
             return self.work.source.chunks(name)
         if name not in self.ready:
-            self.ready.update(_convert_layer(self.work, place.layer))
+            self.ready.update(convert_layer(self.work, place.layer))
         return iter([tensor_bytes(self.ready.pop(name))])
-
-
-def _convert_layer(work: Work, layer: int) -> dict[str, Tensor]:
-    """The rewritten tensors of one layer by name, in their stored dtype and form."""
-    layout, plan = work.family.layout, work.plan
-    names = parts_of(work, layer)
-    heads, dtypes = {}, {}
-    for part, name in names.items():
-        tensor = work.source.read(name)
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds NaN or infinity: the source checkpoint is damaged")
-        dtypes[part] = tensor.dtype
-        count = plan.kv_heads_before if part.role in ("k", "v") else plan.query_heads
-        if plan.method != EXACT:
-            tensor = tensor.to(_wider(tensor.dtype))
-        heads[part] = layout.split(tensor, part, count)
-    result = change_kv_heads(heads, plan.kv_heads_after, work.method)
-    return {name: layout.join(result[part].to(dtypes[part]), part) for part, name in names.items()}
-
-
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize == 2 else torch.float64
-
-
-def _config(work: Work) -> dict[str, Any]:
-    """The source's config with head counts spelled out: absent, some families assume others."""
-    return {
-        **work.source.config,
-        work.family.kv_heads_key: work.plan.kv_heads_after,
-        work.family.head_dim_key: work.plan.head_dim,
-    }
 
 
 def _record(plan: ConversionPlan) -> dict[str, Any]:
