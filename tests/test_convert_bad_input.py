@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import struct
+import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 from typer.testing import CliRunner
 
-from hf_attn_converters.checkpoint import INDEX, open_checkpoint
-from hf_attn_converters.safetensors_file import read_header, write_file
+from hf_attn_converters.checkpoint import INDEX
 from hf_attn_patch.cli import app
 
 K0 = "model.layers.0.self_attn.k_proj.weight"
@@ -41,9 +39,27 @@ def set_nan(tensors: dict[str, torch.Tensor]) -> None:
     tensors[K0][3, 3] = float("nan")
 
 
-def only_pickles(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
+class Runs:
+    """Unpickling this would call os.system."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 3",)
+
+
+def in_pickle(save: Callable[[Path, dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
+    """Put the weights into pytorch_model.bin, as `save` says."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        save(folder / "pytorch_model.bin", tensors)
+
+    return spoil
+
+
+def truncated_pickle(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    torch.save(tensors, path)
+    path.write_bytes(path.read_bytes()[:-5000])
 
 
 def only_gguf(folder: Path) -> None:
@@ -68,13 +84,26 @@ CASES = [
     Bad("zero-heads", lambda f: None, "possible: 1, 2, 4", heads=0),
     Bad("more-heads-than-queries", lambda f: None, "possible: 1, 2, 4", heads=8),
     Bad("nothing-to-do", lambda f: None, "already has 4", heads=4),
-    Bad("unknown-family", lambda f: edit_config(f, model_type="bloom"), "llama, mistral, qwen2"),
-    Bad("no-family", lambda f: edit_config(f, model_type=None), "llama, mistral, qwen2"),
+    Bad("unknown-family", lambda f: edit_config(f, model_type="bloom"), "llama"),
+    Bad("no-family", lambda f: edit_config(f, model_type=None), "llama"),
     Bad("quantized", lambda f: edit_config(
         f, quantization_config={"quant_method": "gptq"}), "gptq"),
     Bad("adapter", lambda f: (f / "adapter_config.json").write_text("{}"), "merge"),
-    Bad("pickles", only_pickles, "safetensors"),
-    Bad("gguf", only_gguf, "gguf_file"),
+    Bad("pickle-with-code", in_pickle(
+        lambda p, t: torch.save({**t, "x": Runs()}, p)), "system, which is code"),
+    Bad("bare-pickle-with-code", in_pickle(
+        lambda p, t: p.write_bytes(pickle.dumps(Runs()))), "refused"),
+    Bad("pickle-truncated", in_pickle(truncated_pickle), "damaged or truncated"),
+    Bad("pickle-empty", in_pickle(lambda p, t: p.write_bytes(b"")), "damaged or truncated"),
+    Bad("pickle-of-a-list", in_pickle(lambda p, t: torch.save([t], p)), "holds a list"),
+    Bad("pickle-of-training", in_pickle(
+        lambda p, t: torch.save({"model": t, "step": 3}, p)), "training"),
+    Bad("pickle-sparse", in_pickle(
+        lambda p, t: torch.save({**t, K0: t[K0].to_sparse()}, p)), "sparse"),
+    Bad("other-pickle", in_pickle(
+        lambda p, t: torch.save(t, p.with_name("weights.pt"))), "neither pytorch_model.bin"),
+    Bad("gguf", only_gguf, "name the file"),
+    Bad("awq", lambda f: edit_config(f, quantization_config={"quant_method": "awq"}), "dequant"),
     Bad("no-weights", lambda f: (f / "model.safetensors").unlink(), "neither"),
     Bad("no-config", lambda f: (f / "config.json").unlink(), "config.json"),
     Bad("config-no-json", lambda f: (f / "config.json").write_text("{"), "config.json"),
@@ -168,7 +197,8 @@ def test_unknown_method_lists_the_known(tmp_path: Path) -> None:
     arguments = ["convert", str(source), str(tmp_path / "b"), "-n", "1", "--method", "median"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
-    assert "known: mean" in result.stderr
+    assert "known:" in result.stderr
+    assert "mean" in result.stderr
 
 
 def test_a_full_disk_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,84 +220,3 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert not any(p.is_symlink() for p in (tmp_path / "b").iterdir())
-
-
-@pytest.fixture(scope="module")
-def good_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("good") / "model.safetensors"
-    save_file({"a": torch.ones(2, 3), "b": torch.ones(4).half()}, file, metadata={"format": "pt"})
-    return file
-
-
-quick = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
-
-@quick
-@given(position=st.integers(0, 159), byte=st.integers(0, 255))
-def test_fuzz_header_bytes(position: int, byte: int, good_file: Path, tmp_path: Path) -> None:
-    """Any damaged byte: a ValueError, or a header that still agrees with the file."""
-    data = bytearray(good_file.read_bytes())
-    data[min(position, len(data) - 1)] = byte
-    check_read(data, tmp_path)
-
-
-json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(10**25), 10**25)
-    | st.floats()
-    | st.sampled_from(["F32", "BF16", "F4", "X", "dtype", ""]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(["dtype", "shape", "data_offsets", "a"]), inner)
-    ),
-    max_leaves=12,
-)
-
-
-@quick
-@given(header=json_values | st.dictionaries(st.sampled_from(["a", "__metadata__"]), json_values))
-def test_fuzz_header_json(header: object, tmp_path: Path) -> None:
-    raw = json.dumps(header).encode()
-    check_read(struct.pack("<Q", len(raw)) + raw + bytes(16), tmp_path)
-
-
-def check_read(data: bytes, tmp_path: Path) -> None:
-    file = tmp_path / "fuzzed.safetensors"
-    file.write_bytes(data)
-    try:
-        shard = read_header(file)
-    except ValueError:
-        return
-    total = sum(info.nbytes for info in shard.tensors.values())
-    first = min(shard.offsets.values(), default=len(data))
-    assert first + total == len(data)
-
-
-@quick
-@given(index=json_values | st.dictionaries(st.just("weight_map"), json_values))
-def test_fuzz_index(index: object, good_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError):
-        open_checkpoint(tmp_path)
-
-
-def test_the_reader_agrees_with_safetensors(good_file: Path, tmp_path: Path) -> None:
-    shard = read_header(good_file)
-    assert {i.name: (i.dtype, i.shape) for i in shard.tensors.values()} == {
-        "a": ("F32", (2, 3)),
-        "b": ("F16", (4,)),
-    }
-    data = good_file.read_bytes()
-    write_file(
-        tmp_path / "copy.safetensors",
-        list(shard.tensors.values()),
-        lambda info: [memoryview(data)[shard.offsets[info.name] :][: info.nbytes]],
-        metadata={"format": "pt"},
-    )
-    copy, original = load_file(tmp_path / "copy.safetensors"), load_file(good_file)
-    assert copy.keys() == original.keys()
-    assert all(torch.equal(copy[name], original[name]) for name in copy)

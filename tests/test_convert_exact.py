@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -12,10 +13,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import assert_same_logits, contents, edit_config, logits_of, tiny_checkpoint
 from transformers import AutoConfig, LlamaForCausalLM, LlamaModel
 
-from hf_attn_converters import FAMILIES, convert
+from hf_attn_converters import convert
 from hf_attn_converters.kv_heads import change_kv_heads
-from hf_attn_converters.layouts import Part, SeparateLayout
+from hf_attn_converters.layouts import Part
 from hf_attn_converters.merge import METHODS
+
+merge = functools.partial(convert, method="mean")
 
 EXPANSIONS = [
     pytest.param(4, 1, 4, id="MQA-to-MHA-H4"),
@@ -23,10 +26,11 @@ EXPANSIONS = [
     pytest.param(6, 1, 3, id="MQA-to-GQA3-H6"),
     pytest.param(9, 3, 9, id="GQA3-to-MHA-H9"),
 ]
+SPELLINGS = ["llama", "mistral", "qwen2"]  # every family once: test_convert_families.py
 
 
 @pytest.mark.parametrize(("heads", "before", "after"), EXPANSIONS)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", SPELLINGS)
 def test_expansion_leaves_the_logits(
     family: str, heads: int, before: int, after: int, tmp_path: Path
 ) -> None:
@@ -38,13 +42,13 @@ def test_expansion_leaves_the_logits(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_expand_then_mean_gives_back_every_bit(family: str, dtype: str, tmp_path: Path) -> None:
     source = tiny_checkpoint(
         tmp_path / "a", family=family, heads=9, kv_heads=3, dtype=getattr(torch, dtype)
     )
     convert(source, tmp_path / "b", num_key_value_heads=9)
-    result = convert(tmp_path / "b", tmp_path / "c", num_key_value_heads=3)
+    result = merge(tmp_path / "b", tmp_path / "c", num_key_value_heads=3)
     assert result.plan.method == "mean"
     before, after = (
         load_file(source / "model.safetensors"),
@@ -86,7 +90,7 @@ def test_llama_with_bias(tmp_path: Path) -> None:
 
 def test_mean_is_the_mean_of_neighbours(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "a", heads=4, kv_heads=4, attention_bias=True)
-    convert(source, tmp_path / "b", num_key_value_heads=2)
+    merge(source, tmp_path / "b", num_key_value_heads=2)
     before, after = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
     for role in "kv":
         for kind in ("weight", "bias"):
@@ -101,9 +105,9 @@ def test_mean_is_the_mean_of_neighbours(tmp_path: Path) -> None:
 
 def test_six_to_four_of_twelve_goes_through_twelve(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "a", heads=12, kv_heads=6)
-    convert(source, tmp_path / "direct", num_key_value_heads=4)
+    merge(source, tmp_path / "direct", num_key_value_heads=4)
     convert(source, tmp_path / "mha", num_key_value_heads=12)
-    convert(tmp_path / "mha", tmp_path / "through", num_key_value_heads=4)
+    merge(tmp_path / "mha", tmp_path / "through", num_key_value_heads=4)
     direct, through = (
         (tmp_path / d / "model.safetensors").read_bytes() for d in ("direct", "through")
     )
@@ -117,10 +121,10 @@ def test_plain_transformers_loads_it_in_the_stock_class(tmp_path: Path) -> None:
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("tools")
     (source / "optimizer.pt").write_bytes(b"pickle")
-    convert(source, tmp_path / "b", num_key_value_heads=1)
+    merge(source, tmp_path / "b", num_key_value_heads=1)
     model = LlamaForCausalLM.from_pretrained(tmp_path / "b")
     assert model.model.layers[0].self_attn.k_proj.weight.shape == (8, 32)
-    expected = set(contents(source)) - {"optimizer.pt"} | {"conversion.json"}
+    expected = set(contents(source)) - {"optimizer.pt"} | {"conversion.json", "README.md"}
     assert set(contents(tmp_path / "b")) == expected
     made = json.loads((tmp_path / "b" / "conversion.json").read_text())
     assert (made["method"], made["kv_heads_before"], made["kv_heads_after"]) == ("mean", 4, 1)
@@ -131,7 +135,7 @@ def test_kv_bytes_per_token(tmp_path: Path) -> None:
     source = tiny_checkpoint(
         tmp_path / "a", heads=4, kv_heads=4, layers=3, dtype=torch.bfloat16, attention_bias=True
     )
-    plan = convert(source, tmp_path / "b", num_key_value_heads=1, dry_run=True).plan
+    plan = merge(source, tmp_path / "b", num_key_value_heads=1, dry_run=True).plan
     assert plan.kv_bytes_per_token_before == 3 * 2 * 4 * 8 * 2  # layers, K and V, heads, dim, bytes
     assert plan.kv_bytes_per_token_after == plan.kv_bytes_per_token_before // 4
     assert not (tmp_path / "b").exists()
@@ -161,14 +165,14 @@ class TestConfig:
         edit_config(source, drop=("num_key_value_heads",))
         if how == "null":
             edit_config(source, num_key_value_heads=None)
-        plan = convert(source, tmp_path / "b", num_key_value_heads=2).plan
+        plan = merge(source, tmp_path / "b", num_key_value_heads=2).plan
         assert plan.kv_heads_before == 4
 
     def test_the_rest_is_kept(self, tmp_path: Path) -> None:
         source = tiny_checkpoint(tmp_path / "a", heads=4, kv_heads=4)
         edit_config(source, my_own_key={"a": [1, "ü"]})
         before = json.loads((source / "config.json").read_text())
-        convert(source, tmp_path / "b", num_key_value_heads=2)
+        merge(source, tmp_path / "b", num_key_value_heads=2)
         after = json.loads((tmp_path / "b" / "config.json").read_text())
         assert after == before | {"num_key_value_heads": 2, "head_dim": 8}
 
@@ -179,7 +183,7 @@ class TestShards:
         shards = tiny_checkpoint(tmp_path / "shards", kv_heads=4, shard_size="10KB")
         assert len(list(shards.glob("*.safetensors"))) > 3
         for name in ("whole", "shards"):
-            convert(tmp_path / name, tmp_path / f"{name}-1", num_key_value_heads=1)
+            merge(tmp_path / name, tmp_path / f"{name}-1", num_key_value_heads=1)
         one = load_file(tmp_path / "whole-1" / "model.safetensors")
         many: dict[str, torch.Tensor] = {}
         for file in (tmp_path / "shards-1").glob("*.safetensors"):
@@ -203,7 +207,7 @@ class TestShards:
         shutil.move(source / "model.safetensors", tmp_path / "model.safetensors")
         index = {"metadata": {}, "weight_map": files}
         (source / "model.safetensors.index.json").write_text(json.dumps(index))
-        convert(source, tmp_path / "b", num_key_value_heads=2)
+        merge(source, tmp_path / "b", num_key_value_heads=2)
         k = load_file(tmp_path / "b" / "1.safetensors")
         v = load_file(tmp_path / "b" / "2.safetensors")
         for name, tensor in (k | v).items():
@@ -223,7 +227,7 @@ class TestTied:
         head = tensors["model.embed_tokens.weight"].clone()
         head[-1, -1] += 0 if same else 1
         save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
-        plan = convert(source, tmp_path / "b", num_key_value_heads=2).plan
+        plan = merge(source, tmp_path / "b", num_key_value_heads=2).plan
         assert plan.tensors_dropped == int(same)
         assert ("lm_head.weight" in load_file(tmp_path / "b" / "model.safetensors")) != same
 
@@ -243,15 +247,6 @@ def test_a_base_model_without_head(tmp_path: Path) -> None:
         torch.testing.assert_close(
             b(tokens).last_hidden_state, a(tokens).last_hidden_state, atol=1e-6, rtol=1e-6
         )
-
-
-@pytest.mark.parametrize("role", ["q", "k", "v", "o"])
-def test_layout_round_trip(role: str) -> None:
-    layout, stored = SeparateLayout(), torch.randn(24, 40) if role != "o" else torch.randn(40, 24)
-    part = Part(role, "weight")  # type: ignore[arg-type]
-    heads = layout.split(stored, part, 3)
-    assert heads.shape == (3, 8, 40)
-    assert torch.equal(layout.join(heads, part), stored)
 
 
 def test_change_kv_heads_leaves_queries() -> None:

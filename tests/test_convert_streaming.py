@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -12,12 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 
 from hf_attn_converters import convert
 from hf_attn_converters import output as output_module
 from hf_attn_converters import plan as plan_module
+from hf_attn_converters import writer as writer_module
+from hf_attn_converters.checkpoint import INDEX
+from hf_attn_converters.journal import sha256_of
+from hf_attn_converters.layer import convert_layer
+from hf_attn_converters.plan import Work
+from hf_attn_converters.safetensors_file import CHUNK, TensorInfo, read_header
+from hf_attn_converters.safetensors_writer import tensor_bytes, write_file
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -56,12 +64,9 @@ def test_a_kill_leaves_nothing_under_the_final_name(after: int, tmp_path: Path) 
     assert contents(source) == before
 
     convert(source, tmp_path / "b", num_key_value_heads=1)  # the next run replaces the remains
-    convert(source, tmp_path / "undisturbed", num_key_value_heads=1)
+    convert(source, tmp_path / "undisturbed" / "b", num_key_value_heads=1)
     assert not (tmp_path / "b.partial").exists()
-    mine, other = (contents(tmp_path / d) for d in ("b", "undisturbed"))
-    assert {k: v for k, v in mine.items() if k != "conversion.json"} == {
-        k: v for k, v in other.items() if k != "conversion.json"
-    }
+    assert contents(tmp_path / "b") == contents(tmp_path / "undisturbed" / "b")
 
 
 def test_an_error_cleans_up(tmp_path: Path) -> None:
@@ -138,6 +143,60 @@ def test_the_marker_does_not_stay(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "a", kv_heads=4)
     convert(source, tmp_path / "b", num_key_value_heads=1)
     assert not (tmp_path / "b" / output_module.MARKER).exists()
+
+
+@pytest.fixture
+def converted_layers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The layers that are computed, in order."""
+    layers: list[int] = []
+
+    def watched(work: Work, layer: int) -> dict[str, torch.Tensor]:
+        layers.append(layer)
+        return convert_layer(work, layer)
+
+    monkeypatch.setattr(writer_module, "convert_layer", watched)
+    return layers
+
+
+def test_a_layer_that_straddles_files_is_computed_once(
+    tmp_path: Path, converted_layers: list[int]
+) -> None:
+    source = tiny_checkpoint(tmp_path / "a", kv_heads=4, layers=4, shard_size="10KB")
+    index = json.loads((source / INDEX).read_text())["weight_map"]
+    files = [{f for n, f in index.items() if f".{i}.self_attn" in n} for i in range(4)]
+    assert max(map(len, files)) > 1
+    convert(source, tmp_path / "b", num_key_value_heads=1)
+    assert converted_layers == [0, 1, 2, 3]
+
+
+def test_a_file_sorted_by_role_does_not_fill_the_memory(
+    tmp_path: Path, converted_layers: list[int]
+) -> None:
+    """All K before all V: layers are computed again rather than all held."""
+    source = tiny_checkpoint(tmp_path / "a", kv_heads=4, layers=4)
+    convert(source, tmp_path / "by-layer", num_key_value_heads=1)
+    converted_layers.clear()
+    shard = read_header(source / "model.safetensors")
+    by_role = sorted(shard.tensors.values(), key=lambda info: info.name.split(".")[3:])
+    write_file(tmp_path / "sorted", by_role, lambda i: shard.chunks(i.name), {"format": "pt"})
+    (tmp_path / "sorted").replace(source / "model.safetensors")
+    convert(source, tmp_path / "b", num_key_value_heads=1)
+    assert len(converted_layers) == 8
+    mine, other = (load_file(tmp_path / f / "model.safetensors") for f in ("b", "by-layer"))
+    assert mine.keys() == other.keys()
+    assert all(torch.equal(mine[name], other[name]) for name in mine)
+
+
+def test_the_hash_is_of_what_was_written(tmp_path: Path) -> None:
+    """Hashing goes on while the next chunk is read: no buffer is taken back too early."""
+    rows = (3 * CHUNK + 40) // 4
+    info = TensorInfo("x", "F32", (rows,))
+    data = torch.arange(rows, dtype=torch.float32)
+    write_file(tmp_path / "a.safetensors", [info], lambda _: [tensor_bytes(data)], {})
+    shard = read_header(tmp_path / "a.safetensors")
+    done = write_file(tmp_path / "b.safetensors", [info], lambda i: shard.chunks(i.name), {})
+    assert done.sha256 == sha256_of(tmp_path / "b.safetensors")
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["x"], data)
 
 
 MEMORY = """

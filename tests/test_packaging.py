@@ -101,6 +101,12 @@ RULES = (
     ImportRule(part=KERNELS, only=frozenset({"torch"}), lazily=frozenset({"triton"})),
     ImportRule(part="converters", never=OURS - {"hf_attn_converters"} | {"triton"}),
     ImportRule(part="hf_attn_patch/cli", lazily=OURS - {"hf_attn_patch"} | {"torch", "triton"}),
+    # the encoder classes that converted folders carry are theirs
+    ImportRule(
+        part="hf_attn_patch/models/encoders.py",
+        never=frozenset({"triton"}),
+        lazily=frozenset({"hf_attn_converters"}),
+    ),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
     ImportRule(part="scripts", lazily=frozenset({"triton", "transformers"})),
 )

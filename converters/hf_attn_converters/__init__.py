@@ -3,13 +3,16 @@
 >>> from hf_attn_converters import convert
 >>> convert("model", "model-mqa", num_key_value_heads=1)        # doctest: +SKIP
 
-Needs torch only: no model is built, and neither transformers nor triton is imported.
+Methods that need no data need torch only: no model is built, and neither transformers nor triton
+is imported. Calibration, GGUF and `verify` go through transformers.
 """
 
-from .convert import ConvertResult, Progress, convert
+from .convert import ConvertResult, convert
 from .families import FAMILIES, FamilySpec, family_of
 from .merge import METHODS, MergeMethod
 from .plan import ConversionPlan, plan_conversion
+from .verify import Verification, verify_output
+from .writer import Progress
 
 __all__ = [
     "FAMILIES",
@@ -19,7 +22,9 @@ __all__ = [
     "FamilySpec",
     "MergeMethod",
     "Progress",
+    "Verification",
     "convert",
     "family_of",
     "plan_conversion",
+    "verify_output",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from .safetensors_file import Shard, TensorInfo, read_header, read_tensor, tensor_chunks
+from .safetensors_file import Stamp, TensorInfo, check_unchanged, read_header
+from .torch_file import read_torch_file
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -22,6 +24,46 @@ _WEIGHT_SUFFIXES = frozenset(
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _FOLDERS = ("additional_chat_templates",)  # the one folder that belongs to a tokenizer
+
+
+class Shard(Protocol):
+    """One weights file, in whatever format."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+    @property
+    def stamp(self) -> Stamp: ...
+    @property
+    def header_sha256(self) -> str: ...
+    @property
+    def output_name(self) -> str: ...
+
+    def read(self, name: str) -> Tensor: ...
+    def chunks(self, name: str) -> Iterator[memoryview]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Format:
+    """How a folder may hold its weights: one file, or shards with an index."""
+
+    single: str
+    index: str
+    suffix: str
+    read: Callable[[Path], Shard]
+
+
+# In transformers' own order, should a folder hold several.
+_FORMATS = (
+    _Format(single=SINGLE, index=INDEX, suffix=".safetensors", read=read_header),
+    _Format(
+        single="pytorch_model.bin",
+        index="pytorch_model.bin.index.json",
+        suffix=".bin",
+        read=read_torch_file,
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -39,10 +81,24 @@ class Checkpoint:
         return next(shard for shard in self.shards if name in shard.tensors)
 
     def read(self, name: str) -> Tensor:
-        return read_tensor(self.shard_of(name), name)
+        return self.shard_of(name).read(name)
 
     def chunks(self, name: str) -> Iterator[memoryview]:
-        return tensor_chunks(self.shard_of(name), name)
+        return self.shard_of(name).chunks(name)
+
+    def check_unchanged(self) -> None:
+        """Raises OSError when a weights file changed since it was opened."""
+        for shard in self.shards:
+            check_unchanged(shard.path, shard.stamp)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the weights are, told by headers and files: cheap at any size."""
+        return {shard.path.name: [*shard.stamp, shard.header_sha256] for shard in self.shards}
+
+    def headers_sha256(self) -> str:
+        """One hash over the headers (names, dtypes, shapes, offsets) of all weights files."""
+        lines = (f"{shard.header_sha256}  {shard.path.name}\n" for shard in self.shards)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def side_files(self) -> list[Path]:
         """Tokenizer, chat template, generation config, licence...: paths below the folder."""
@@ -73,52 +129,69 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds an unmerged adapter; merge it first (peft: model.merge_and_unload())"
         )
     config = _read_json(folder / CONFIG)
-    if config.get("quantization_config") is not None:
-        method = config["quantization_config"]
-        method = method.get("quant_method", method) if isinstance(method, dict) else method
-        raise ValueError(
-            f"{folder} is quantized ({method}); convert the original or a dequantized checkpoint"
-        )
-    if (folder / SINGLE).exists():  # transformers' order, should both be there
-        return Checkpoint(folder, config, (read_header(folder / SINGLE),), sharded=False)
-    if (folder / INDEX).exists():
-        return Checkpoint(folder, config, _open_sharded(folder), sharded=True)
+    _refuse_quantized(folder, config)
+    for form in _FORMATS:
+        if (folder / form.single).exists():
+            return Checkpoint(folder, config, (form.read(folder / form.single),), sharded=False)
+        if (folder / form.index).exists():
+            return Checkpoint(folder, config, _open_sharded(folder, form), sharded=True)
     raise ValueError(_what_instead(folder))
 
 
-def _open_sharded(folder: Path) -> tuple[Shard, ...]:
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+def _refuse_quantized(folder: Path, config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is None:
+        return
+    method = quantization
+    if isinstance(quantization, dict):
+        method = quantization.get("quant_method", quantization)
+    raise ValueError(
+        f"{folder} is quantized ({method}); convert the original checkpoint, or load this one, "
+        "call model.dequantize() and save_pretrained (transformers has it for most methods)"
+    )
+
+
+def _open_sharded(folder: Path, form: _Format) -> tuple[Shard, ...]:
+    index = form.index
+    weight_map = _read_json(folder / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{INDEX}: no weight_map")
+        raise ValueError(f"{index}: no weight_map")
     files = sorted({str(file) for file in weight_map.values()})
     for file in files:
         # By name only: in a hub cache every file is a link that leads out of its folder.
         if Path(file).name != file or file in ("", ".", "..") or "\\" in file or "\0" in file:
-            raise ValueError(f"{INDEX}: {file!r} leads out of the folder; refused")
-        if not file.endswith(".safetensors"):
-            raise ValueError(f"{INDEX}: {file!r} is no safetensors file")
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise ValueError(f"{INDEX} names {len(missing)} absent file(s): {', '.join(missing[:3])}")
-    shards = tuple(read_header(folder / file) for file in files)
+            raise ValueError(f"{index}: {file!r} leads out of the folder; refused")
+        if not file.endswith(form.suffix):
+            raise ValueError(f"{index}: {file!r} is no {form.suffix} file")
+    if missing := [file for file in files if not _is_file(folder / file)]:
+        raise ValueError(f"{index} names {len(missing)} absent file(s): {', '.join(missing[:3])}")
+    shards = tuple(form.read(folder / file) for file in files)
     found = {(name, shard.path.name) for shard in shards for name in shard.tensors}
     promised = {(name, str(file)) for name, file in weight_map.items()}
     if found != promised:
         name, file = min(found ^ promised)
         verb = "lacks" if (name, file) in promised else "does not name"
-        who = file if verb == "lacks" else INDEX
+        who = file if verb == "lacks" else index
         raise ValueError(f"{who} {verb} {name} ({file}); the checkpoint is inconsistent")
     return shards
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _what_instead(folder: Path) -> str:
+    if found := sorted(folder.glob("*.gguf")):
+        return f"{folder} holds GGUF weights; name the file: {found[0]}"
     if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         return (
-            f"{folder} holds pickled weights only, which may run code; save them as safetensors "
-            "first: model.save_pretrained(...) from a source that you trust"
+            f"{folder} holds pickles, but neither pytorch_model.bin nor its index; save the "
+            "model as safetensors first: model.save_pretrained(...) where you trust the source"
         )
-    if any(folder.glob("*.gguf")):
-        return f"{folder} holds GGUF weights; load them with gguf_file= and save_pretrained first"
-    return f"{folder} holds neither {SINGLE} nor {INDEX}"
+    return f"{folder} holds neither {SINGLE} nor {INDEX}, nor the same as pytorch_model.bin"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import errno
-import shutil
+import hashlib
+import json
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from .card import version
+from .journal import sha256_of
+from .output import SOURCE, Partial, atomic_folder, check_destination, partial_folder
+from .plan import EXACT, ConversionPlan, Work, plan_conversion
+from .safetensors_file import Stamp
+from .sources import dequantize as write_dequantized
+from .sources import described, is_gguf
+from .verify import Verification, verify_output
+from .writer import Progress, stored_layers, write_about, write_weights
 
-from .checkpoint import CONFIG, INDEX
-from .layer import config_after, convert_layer
-from .output import atomic_folder, write_json
-from .plan import ConversionPlan, Work, plan_conversion
-from .safetensors_file import TensorInfo, tensor_bytes, write_file
-
-# (bytes done, bytes in all, tensor just written)
-Progress = Callable[[int, int, str], None]
-
-RECORD = "conversion.json"  # how the folder was made, beside its config.json
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,16 @@ class ConvertResult:
     plan: ConversionPlan
     dry_run: bool
     seconds: float
+    calibration: Mapping[str, Any] | None = None  # how the method was calibrated
+    verification: Verification | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
             **self.plan.to_json(),
             "dry_run": self.dry_run,
             "seconds": round(self.seconds, 3),
+            "calibration": self.calibration,
+            "verification": self.verification.to_json() if self.verification else None,
         }
 
 
@@ -44,77 +50,137 @@ def convert(
     *,
     num_key_value_heads: int,
     method: str = "mean",
+    calibration: Calibration | None = None,
+    tensor_parallel_size: int | None = None,
+    dequantize: bool = False,
+    resume: bool = False,
+    verify: bool = False,
+    verify_text: str | Path | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
+    layer_progress: Progress | None = None,
 ) -> ConvertResult:
     """Write to `dst` the checkpoint `src` with another number of KV heads.
 
     More heads (a multiple) is exact: each head is repeated. Fewer are merged by `method`, see
-    `METHODS`. The stored dtype is kept; arithmetic is one precision wider. `dst` appears under
-    its name only when complete, with tokenizer, templates and licence copied. With `dry_run`
-    nothing is written and the result carries the plan.
+    `METHODS`; `calibration` says on what text a calibrated method measures. `src` is a folder
+    with safetensors or `pytorch_model.bin`, or, with `dequantize`, a GGUF file. The stored dtype
+    is kept; arithmetic is one precision wider.
 
-    Raises ValueError for misuse or bad input, OSError when the disk refuses or is too small.
+    `dst` appears under its name only when complete, with tokenizer, templates and licence
+    copied. An interrupted conversion leaves `DST.partial/`; the same call with `resume` continues
+    there and gives the same bytes. With `verify` the result is loaded and compared with the
+    source on a small text before it gets its name. With `dry_run` nothing is written and the
+    result carries the plan. `progress` counts bytes written, `layer_progress` layers calibrated.
+
+    Raises ValueError for misuse or bad input, OSError when the disk refuses or is too small or
+    the source changes underway, RuntimeError when the verification fails.
     """
     start = time.perf_counter()
-    work = plan_conversion(src, dst, num_key_value_heads=num_key_value_heads, method=method)
-    plan = work.plan
-    if not dry_run:
-        if plan.disk_needed > plan.disk_free:
-            raise OSError(
-                errno.ENOSPC,
-                f"{plan.target} needs {plan.disk_needed:,} bytes, {plan.disk_free:,} are free",
+    source, target = Path(src), Path(dst)
+
+    def plan(folder: Path) -> Work:
+        return plan_conversion(
+            folder,
+            target,
+            num_key_value_heads=num_key_value_heads,
+            method=method,
+            tensor_parallel_size=tensor_parallel_size,
+        )
+
+    with ExitStack() as stack:
+        if is_gguf(source):
+            if not dequantize:
+                raise ValueError(
+                    f"{source} is GGUF: pass --dequantize (dequantize=True) to convert its "
+                    "dequantized weights, or convert the original checkpoint"
+                )
+            check_destination(source, target)
+            work = plan(stack.enter_context(described(source)))
+            origin: dict[str, Any] = {source.name: [*Stamp.of(source)]}
+            # Dequantized weights lie beside the result until it is complete.
+            work = _renamed(work, source, extra_bytes=work.plan.bytes_before)
+        else:
+            if dequantize:
+                raise ValueError(f"{source} is no GGUF file: leave out --dequantize")
+            work = plan(source)
+            origin = work.source.fingerprint()
+        calibrated = work.method.calibrated and work.plan.method != EXACT
+        if calibration is not None and not calibrated:
+            raise ValueError(
+                f"the method {work.plan.method} needs no calibration: leave the text out"
             )
-        with atomic_folder(Path(dst)) as folder:
-            _write(work, folder, progress or (lambda done, total, name: None))
-    return ConvertResult(plan, dry_run, time.perf_counter() - start)
+        if calibrated:
+            changed = sum(work.info_after(i).nbytes for i in work.source if i.name in work.changed)
+            work = _renamed(work, source, extra_bytes=changed)
+        if dry_run:
+            return ConvertResult(work.plan, True, time.perf_counter() - start)
+        head = {
+            "version": version(),
+            "kv_heads": num_key_value_heads,
+            "method": work.plan.method,
+            "calibration": _identity(calibration) if calibrated else None,
+            "config": _sha256(work.source.config),
+            "weights": origin,
+        }
+        _check_space(work.plan, target)
+        with atomic_folder(target, head, resume=resume) as partial:
+            if is_gguf(source):
+                work = _renamed(plan(_dequantized(source, partial)), source)
+            record, found = None, None
+            if calibrated:
+                from .calibrated import calibrate_layers
+
+                record = calibrate_layers(work, partial.layers, calibration, layer_progress)
+            layers = stored_layers(work, partial.layers if calibrated else None)
+            write_weights(work, partial, layers, progress or (lambda done, total, name: None))
+            if verify:
+                text = Path(verify_text) if verify_text is not None else None
+                found = verify_output(work, partial.folder, text)
+            write_about(work, partial.folder, calibration=record, verification=found)
+            work.source.check_unchanged()
+    return ConvertResult(work.plan, False, time.perf_counter() - start, record, found)
 
 
-def _write(work: Work, folder: Path, progress: Progress) -> None:
-    for file in work.source.side_files():
-        (folder / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(work.source.folder / file, folder / file)
-    tensors = _Tensors(work)
-    done, weight_map = 0, {}
-    for shard in work.source.shards:
-        kept = [work.info_after(i) for n, i in shard.tensors.items() if n not in work.dropped]
-
-        def data(info: TensorInfo) -> Iterator[memoryview]:
-            nonlocal done
-            yield from tensors.chunks(info.name)
-            done += info.nbytes
-            progress(done, work.plan.bytes_after, info.name)
-
-        write_file(folder / shard.path.name, kept, data, metadata={"format": "pt"})
-        weight_map.update({info.name: shard.path.name for info in kept})
-    if work.source.sharded:
-        index = {"metadata": {"total_size": work.plan.bytes_after}, "weight_map": weight_map}
-        write_json(folder / INDEX, index)
-    record = folder / RECORD
-    record.unlink(missing_ok=True)  # the source's own, if it was converted too
-    write_json(record, _record(work.plan))
-    write_json(folder / CONFIG, config_after(work))
+def _dequantized(source: Path, partial: Partial) -> Path:
+    """The source as safetensors; an interrupted run's is used again if it is complete."""
+    folder = partial.folder / SOURCE
+    if not folder.exists():
+        fresh = folder.with_name(SOURCE + ".new")
+        write_dequantized(source, fresh)
+        fresh.rename(folder)
+    return folder
 
 
-class _Tensors:
-    """The output's tensors: copied as bytes, or computed layer by layer."""
-
-    def __init__(self, work: Work) -> None:
-        self.work = work
-        # A layer's results that wait for their turn: its tensors may lie in two shards.
-        self.ready: dict[str, Tensor] = {}
-
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        place = self.work.changed.get(name)
-        if place is None:
-            return self.work.source.chunks(name)
-        if name not in self.ready:
-            self.ready.update(convert_layer(self.work, place.layer))
-        return iter([tensor_bytes(self.ready.pop(name))])
+def _renamed(work: Work, source: Path, *, extra_bytes: int = 0) -> Work:
+    """A plan that speaks of the source as the user named it, with room for working files."""
+    needed = work.plan.disk_needed + extra_bytes
+    return replace(work, plan=replace(work.plan, source=str(source), disk_needed=needed))
 
 
-def _record(plan: ConversionPlan) -> dict[str, Any]:
-    """Provenance without paths: a folder is passed on, its maker's file system is not."""
-    public = replace(plan, source=Path(plan.source).name, target=Path(plan.target).name)
-    left_out = ("disk_needed", "disk_free")
-    return {k: v for k, v in public.to_json().items() if k not in left_out}
+def _check_space(plan: ConversionPlan, target: Path) -> None:
+    # What an earlier run left is either used or cleared: it is room that this one has.
+    left = sum(path.stat().st_size for path in _files(partial_folder(target)))
+    if plan.disk_needed > plan.disk_free + left:
+        raise OSError(
+            errno.ENOSPC,
+            f"{plan.target} needs {plan.disk_needed:,} bytes, {plan.disk_free + left:,} are free",
+        )
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file()) if folder.exists() else iter(())
+
+
+def _identity(calibration: Calibration | None) -> dict[str, Any] | None:
+    """A calibration as the journal's first line keeps it: a text counts by its content."""
+    if calibration is None:
+        return None
+    fields = {name: str(value) for name, value in asdict(calibration).items()}
+    if calibration.text is not None and Path(calibration.text).is_file():
+        fields["text"] = sha256_of(Path(calibration.text))
+    return fields
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -11,7 +11,7 @@ import math
 from torch import Tensor
 
 from .layouts import KV_ROLES, LayerHeads
-from .merge import MergeMethod
+from .merge import LayerFacts, MergeMethod
 
 
 def check_kv_heads(*, query_heads: int, before: int, after: int) -> None:
@@ -39,16 +39,22 @@ def is_exact(before: int, after: int) -> bool:
 def expand(heads: Tensor, count: int) -> Tensor:
     """[H, D, ...] -> [count, D, ...], each head repeated count / H times; exact."""
     assert count % heads.shape[0] == 0, (count, heads.shape)
-    return heads.repeat_interleave(count // heads.shape[0], dim=0)
+    repeats = count // heads.shape[0]
+    return heads if repeats == 1 else heads.repeat_interleave(repeats, dim=0)
 
 
-def change_kv_heads(layer: LayerHeads, after: int, method: MergeMethod) -> LayerHeads:
+def change_kv_heads(
+    layer: LayerHeads, after: int, method: MergeMethod, facts: LayerFacts | None = None
+) -> LayerHeads:
     """One layer in canonical form with its KV heads changed to `after`.
 
     6 -> 4 of 12 goes through 12: both divide the query heads, so their least common multiple
-    does too, and expanding to it costs nothing in quality.
+    does too, and expanding to it costs nothing in quality. The source's tensors stay as they are.
     """
     before = next(t.shape[0] for part, t in layer.items() if part.role in KV_ROLES)
     common = math.lcm(before, after)
     wide = {p: expand(t, common) if p.role in KV_ROLES else t for p, t in layer.items()}
-    return wide if common == after else method.merge(wide, after)
+    if common == after:
+        return wide
+    touched = {part: x for part, x in wide.items() if part.role in method.touches}
+    return {**wide, **method.merge(touched, after, facts or LayerFacts())}

@@ -1,42 +1,111 @@
-"""One layer of a conversion, and the configuration that the result needs."""
+"""One layer of a conversion: read into canonical heads, changed, brought into its stored form."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .kv_heads import change_kv_heads
-from .plan import EXACT, Work, parts_of
+from .kv_heads import change_kv_heads, expand
+from .layouts import KV_ROLES, LayerHeads, Part
+from .merge import LayerFacts
+from .merge.mean import pool
+from .plan import EXACT, Work
 
 
 def convert_layer(work: Work, layer: int) -> dict[str, Tensor]:
     """The rewritten tensors of one layer by name, in their stored dtype and form."""
-    layout, plan = work.family.layout, work.plan
-    names = parts_of(work, layer)
-    heads, dtypes = {}, {}
-    for part, name in names.items():
-        tensor = work.source.read(name)
-        if not tensor.isfinite().all():
+    heads = read_layer(work, layer)
+    return store_layer(work, layer, change_heads(work, heads, layer_facts(work, layer)))
+
+
+def read_layer(work: Work, layer: int) -> dict[Part, Tensor]:
+    """The attention heads of one layer that the conversion rewrites, in canonical form.
+
+    They keep their stored dtype when heads are only repeated, and are one precision wider when
+    they are merged. Raises ValueError for NaN and infinity.
+    """
+    heads: dict[Part, Tensor] = {}
+    for name, place in work.places_of(layer).items():
+        stored = work.source.read(name)
+        # NaN and infinity reach the extremes, and finding those is far quicker than isfinite().
+        if not torch.stack(stored.aminmax()).isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: the source checkpoint is damaged")
-        dtypes[part] = tensor.dtype
-        count = plan.kv_heads_before if part.role in ("k", "v") else plan.query_heads
-        if plan.method != EXACT:
-            tensor = tensor.to(_wider(tensor.dtype))
-        heads[part] = layout.split(tensor, part, count)
-    result = change_kv_heads(heads, plan.kv_heads_after, work.method)
-    return {name: layout.join(result[part].to(dtypes[part]), part) for part, name in names.items()}
+        if work.plan.method != EXACT:
+            stored = stored.to(_wider(stored.dtype))
+        heads |= place.slot.split(stored, place.kind, work.heads_before)
+    return heads
 
 
-def _wider(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.itemsize == 2 else torch.float64
+def layer_facts(work: Work, layer: int) -> LayerFacts:
+    """What the family says about one layer, for a merge method."""
+    config, family = work.source.config, work.family
+    return LayerFacts(
+        rotary_dims=family.rotary_dims(config),
+        interleaved=family.rotary is not None and family.rotary.interleaved,
+        k_free=family.k_is_free(config),
+        seed=layer,
+    )
+
+
+def change_heads(work: Work, heads: LayerHeads, facts: LayerFacts) -> dict[Part, Tensor]:
+    """One layer's heads with the KV heads that the plan asks for."""
+    method, after = work.method, work.plan.kv_heads_after
+    # A method that turns queries leaves K behind a norm as it is and pools it; so is its norm.
+    # Any other treats the norm's scales as it treats the heads that they belong to.
+    given = {
+        part: tensor
+        for part, tensor in heads.items()
+        if part.role in method.touches and (part.kind != "norm" or "q" not in method.touches)
+    }
+    kv = {part: tensor for part, tensor in given.items() if part.role in KV_ROLES}
+    assert kv, "every method touches K and V"
+    changed = dict(heads) | dict(change_kv_heads(given, after, method, facts))
+    for part, tensor in changed.items():
+        if part.role in KV_ROLES and tensor.shape[0] != after:
+            assert part.kind == "norm", part
+            common = math.lcm(tensor.shape[0], after)
+            changed[part] = pool(expand(tensor, common), after)
+    return changed
+
+
+def store_layer(work: Work, layer: int, heads: LayerHeads) -> dict[str, Tensor]:
+    """Canonical heads -> the output's tensors by name, in their stored dtype and form.
+
+    `heads` has every part that `read_layer` gave, with the KV heads of the plan.
+    """
+    stored: dict[str, Tensor] = {}
+    for name, place in work.places_of(layer).items():
+        dtype = work.dtype_of(name)
+        slot = work.slot_after(place)
+        parts = {part: heads[part].to(dtype) for part in slot.parts(place.kind)}
+        for part, tensor in parts.items():
+            assert tensor.shape[:2] == (work.heads_after.of(part.role), work.plan.head_dim), part
+        stored[name] = slot.join(parts, place.kind)
+    return stored
 
 
 def config_after(work: Work) -> dict[str, Any]:
     """The source's config with head counts spelled out: absent, some families assume others."""
-    return {
-        **work.source.config,
-        work.family.kv_heads_key: work.plan.kv_heads_after,
-        work.family.head_dim_key: work.plan.head_dim,
-    }
+    config, target, family = work.source.config, work.target, work.family
+    settings = family.settings(config)
+    changes = {key: value for key, value in target.defaults.items() if settings.get(key) is None}
+    changes |= target.config
+    if target.kv_heads_key is not None:
+        changes[target.kv_heads_key] = work.plan.kv_heads_after
+    if target.head_dim_key is not None:
+        changes[target.head_dim_key] = work.plan.head_dim
+    written = {k: v for k, v in {**settings, **changes}.items() if k not in target.drops}
+    if family.nested:
+        written = {**config, family.nested: written}
+    if target.model_type is not None:
+        written["model_type"] = target.model_type
+    if target.architectures is not None and config.get("architectures"):
+        written["architectures"] = [target.architectures[a] for a in config["architectures"]]
+    return written
+
+
+def _wider(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize == 2 else torch.float64

@@ -1,4 +1,4 @@
-"""One safetensors file: read its header, read or copy one tensor, write a new file in order.
+"""Reading one safetensors file: its header checked, one tensor at a time.
 
 Format: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}},
 then the data without gaps (https://github.com/huggingface/safetensors#format). The header is
@@ -8,20 +8,20 @@ alone and copies most tensors as bytes, never as tensors.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
-CHUNK = 8 << 20  # bytes copied at a time
+CHUNK = 1 << 23  # bytes copied at a time
 
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 8),
@@ -50,6 +50,28 @@ class TensorInfo:
         return _BITS[self.dtype] * math.prod(self.shape) // 8
 
 
+class Stamp(NamedTuple):
+    """What tells that a file was changed: enough for a file that nobody disguises."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        found = path.stat()
+        return cls(found.st_size, found.st_mtime_ns)
+
+
+def check_unchanged(path: Path, stamp: Stamp) -> None:
+    """Raises OSError when a file is not the one that was planned with."""
+    try:
+        same = Stamp.of(path) == stamp
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise OSError(f"{path} was changed while it was being converted; begin again")
+
+
 @dataclass(frozen=True)
 class Shard:
     """A readable file: every tensor's description and where its bytes begin in the file."""
@@ -57,11 +79,51 @@ class Shard:
     path: Path
     tensors: dict[str, TensorInfo]  # in the order of the data
     offsets: dict[str, int]  # absolute
+    stamp: Stamp
+    header_sha256: str
+
+    @property
+    def output_name(self) -> str:
+        return self.path.name
+
+    def read(self, name: str) -> Tensor:
+        """One floating-point tensor, in memory of its own."""
+        info = self.tensors[name]
+        assert sys.byteorder == "little", "safetensors data is little-endian"
+        buffer = bytearray(info.nbytes)
+        done = 0
+        for chunk in self.chunks(name):
+            buffer[done : done + len(chunk)] = chunk
+            done += len(chunk)
+        if not buffer:
+            return torch.empty(info.shape, dtype=FLOAT_DTYPES[info.dtype])
+        return torch.frombuffer(buffer, dtype=FLOAT_DTYPES[info.dtype]).view(info.shape)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """One tensor's bytes as stored, a chunk at a time.
+
+        A chunk is valid until the one after the next is asked for, so that it can be hashed
+        while the next is read.
+        """
+        left = self.tensors[name].nbytes
+        check_unchanged(self.path, self.stamp)
+        size = min(CHUNK, left)
+        buffers = [memoryview(bytearray(size)) for _ in range(2)]
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offsets[name])
+            while left:
+                got = file.readinto(buffers[0][: min(size, left)])
+                if not got:
+                    raise OSError(f"{self.path}: ended while {name} was read")
+                left -= got
+                yield buffers[0][:got]
+                buffers.reverse()
 
 
 def read_header(path: Path) -> Shard:
     """Read and check a file's header. Raises ValueError that says how the file is broken."""
-    size = path.stat().st_size
+    stamp = Stamp.of(path)
+    size = stamp.size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
@@ -97,6 +159,8 @@ def read_header(path: Path) -> Shard:
         path,
         {info.name: info for info, _, _ in found},
         {info.name: base + begin for info, begin, _ in found},
+        stamp,
+        hashlib.sha256(raw).hexdigest(),
     )
 
 
@@ -122,82 +186,3 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
         raise ValueError(f"{path.name}: {name!r} has the impossible offsets {offsets!r}")
     return TensorInfo(name, dtype, tuple(shape)), offsets[0], offsets[1]
-
-
-def read_tensor(shard: Shard, name: str) -> Tensor:
-    """One floating-point tensor, in memory of its own."""
-    info = shard.tensors[name]
-    assert sys.byteorder == "little", "safetensors data is little-endian"
-    buffer = bytearray(info.nbytes)
-    with shard.path.open("rb", buffering=0) as file:
-        file.seek(shard.offsets[name])
-        view, got = memoryview(buffer), 0
-        while got < info.nbytes:
-            step = file.readinto(view[got:])
-            if not step:
-                raise OSError(f"{shard.path}: ended while {name} was read")
-            got += step
-    if not buffer:
-        return torch.empty(info.shape, dtype=FLOAT_DTYPES[info.dtype])
-    return torch.frombuffer(buffer, dtype=FLOAT_DTYPES[info.dtype]).view(info.shape)
-
-
-def tensor_chunks(shard: Shard, name: str) -> Iterator[memoryview]:
-    """One tensor's bytes as stored, a chunk at a time. Each chunk is valid until the next."""
-    left = shard.tensors[name].nbytes
-    buffer = memoryview(bytearray(min(CHUNK, left)))
-    with shard.path.open("rb", buffering=0) as file:
-        file.seek(shard.offsets[name])
-        while left:
-            got = file.readinto(buffer[: min(len(buffer), left)])
-            if not got:
-                raise OSError(f"{shard.path}: ended while {name} was read")
-            left -= got
-            yield buffer[:got]
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """A contiguous tensor's bytes, without a copy."""
-    assert tensor.is_contiguous()
-    return memoryview(tensor.flatten().view(torch.uint8).numpy().data)
-
-
-def write_file(
-    path: Path,
-    tensors: Sequence[TensorInfo],
-    data: Callable[[TensorInfo], Iterable[memoryview]],
-    metadata: Mapping[str, str],
-) -> int:
-    """Write a file, header first, then each tensor as `data` gives it; fsync. Returns its size.
-
-    All shapes are known beforehand, so memory holds one chunk of one tensor at a time.
-    """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    position = 0
-    for info in tensors:
-        end = position + info.nbytes
-        header[info.name] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)  # data begins aligned
-    with path.open("xb", buffering=0) as file:
-        _write_all(file.fileno(), len(raw).to_bytes(8, "little") + raw)
-        for info in tensors:
-            written = 0
-            for chunk in data(info):
-                written += _write_all(file.fileno(), chunk)
-            assert written == info.nbytes, (info, written)
-        os.fsync(file.fileno())
-    return 8 + len(raw) + position
-
-
-def _write_all(descriptor: int, data: bytes | memoryview) -> int:
-    view = memoryview(data).cast("B")
-    done = 0
-    while done < len(view):
-        done += os.write(descriptor, view[done:])
-    return done

@@ -87,27 +87,38 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 @contextmanager
 def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; gives `update(what, done, total)`. A new `what` begins a new bar."""
+    """A bar on stderr; gives `update(what, done, total)`. A new `what` begins a new bar.
+
+    `in_bytes` shows amounts as bytes and bytes/s; `update(..., in_bytes=...)` says so of one bar.
+    """
     from rich import progress
     from rich.console import Console
 
-    rate: tuple[progress.ProgressColumn, ...] = (progress.MofNCompleteColumn(),)
-    if in_bytes:
-        rate = (progress.DownloadColumn(), progress.TransferSpeedColumn())
+    class Amount(progress.ProgressColumn):
+        """Done of total, as a count or as bytes with their rate."""
+
+        count = progress.MofNCompleteColumn()
+        size, rate = progress.DownloadColumn(), progress.TransferSpeedColumn()
+
+        def render(self, task: progress.Task) -> Any:
+            if not task.fields["in_bytes"]:
+                return self.count.render(task)
+            return self.size.render(task) + " " + self.rate.render(task)
+
     console = Console(stderr=True)
     bar = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
-        *rate,
+        Amount(),
         progress.TimeRemainingColumn(),
         console=console,
         disable=quiet or not console.is_terminal,
     )
     tasks: dict[str, progress.TaskID] = {}
 
-    def update(what: str, done: int, total: int) -> None:
+    def update(what: str, done: int, total: int, in_bytes: bool = in_bytes) -> None:
         if what not in tasks:
-            tasks[what] = bar.add_task(what, total=total)
+            tasks[what] = bar.add_task(what, total=total, in_bytes=in_bytes)
             if not (quiet or console.is_terminal):
                 typer.echo(f"{what} ...", err=True)  # a log gets one line, not a bar
         bar.update(tasks[what], completed=done, total=total)

@@ -3,23 +3,51 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .common import JsonOption, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from hf_attn_converters import ConversionPlan
+    from hf_attn_converters import ConversionPlan, Verification
+    from hf_attn_converters.calibration import Calibration
 
 
 def convert_command(
-    src: Annotated[Path, typer.Argument(help="Folder with config.json and safetensors.")],
+    src: Annotated[
+        Path, typer.Argument(help="Folder with config.json and weights, or a GGUF file.")
+    ],
     dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist, or be empty.")],
     num_key_value_heads: Annotated[
         int, typer.Option("--num-key-value-heads", "-n", help="KV heads wanted; 1 is MQA.")
     ],
-    method: Annotated[str, typer.Option(help="How heads are merged: mean.")] = "mean",
+    method: Annotated[
+        str, typer.Option(help="How heads are merged; an unknown name lists the known.")
+    ] = "mean",
+    calibration_text: Annotated[
+        str | None,
+        typer.Option(help="Text, JSONL or dataset that a calibrated method measures on."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to calibrate on.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of whatever a calibration draws.")] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(min=1, help="Refuse KV heads that this many devices cannot share.")
+    ] = None,
+    dequantize: Annotated[
+        bool, typer.Option(help="Convert a GGUF file's dequantized weights.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Load the result and compare it with the source.")
+    ] = False,
+    verify_text: Annotated[
+        Path | None, typer.Option(help="Text for --verify; by default a short built-in one.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted conversion to the same DST.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the plan and write nothing.")] = False,
     json: JsonOption = False,
 ) -> None:
@@ -27,16 +55,25 @@ def convert_command(
 
     More heads is exact. Fewer costs quality: see `hf-attn compare`.
     """
+    if verify_text is not None and not verify:
+        raise ValueError("--verify-text goes with --verify")
     from hf_attn_converters import convert
 
-    with progress_bar(quiet=dry_run, in_bytes=True) as update:
+    with progress_bar(quiet=dry_run) as update:
         result = convert(
             src,
             dst,
             num_key_value_heads=num_key_value_heads,
             method=method,
+            calibration=calibration_of(calibration_text, calibration_tokens, seed),
+            tensor_parallel_size=tensor_parallel_size,
+            dequantize=dequantize,
+            resume=resume,
+            verify=verify,
+            verify_text=verify_text,
             dry_run=dry_run,
-            progress=lambda done, total, name: update("converting", done, total),
+            progress=lambda done, total, name: update("converting", done, total, in_bytes=True),
+            layer_progress=lambda done, total, name: update("calibrating", done, total),
         )
     if json:
         print_json(result.to_json())
@@ -47,9 +84,34 @@ def convert_command(
             f"dry run: nothing written; {result.plan.disk_needed:,} bytes needed, "
             f"{result.plan.disk_free:,} free"
         )
+        return
+    if result.verification is not None:
+        typer.echo(verification_line(result.verification))
+    rate = result.plan.bytes_after / result.seconds / 1e6
+    typer.echo(f"wrote {dst} in {result.seconds:.1f} s ({rate:.0f} MB/s)")
+
+
+def calibration_of(text: str | None, tokens: int | None, seed: int | None) -> Calibration | None:
+    """The options that were given as a Calibration; None when none was."""
+    options: dict[str, Any] = {"text": text, "tokens": tokens, "seed": seed}
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
+        return None
+    from hf_attn_converters.calibration import Calibration
+
+    return Calibration(**given)
+
+
+def verification_line(found: Verification) -> str:
+    """What --verify found, in one line."""
+    if found.cosine is not None:
+        numbers = f"cosine of the hidden states {found.cosine:.6f}"
     else:
-        rate = result.plan.bytes_after / result.seconds / 1e6
-        typer.echo(f"wrote {dst} in {result.seconds:.1f} s ({rate:.0f} MB/s)")
+        numbers = f"KL {found.kl:.3g}, top-1 agreement {found.top1:.1%}"
+    return (
+        f"verified: all tensors load; {numbers} on {found.tokens} tokens ({found.text}); "
+        f"round trip: {found.round_trip}"
+    )
 
 
 def plan_rows(plan: ConversionPlan) -> list[list[str]]:

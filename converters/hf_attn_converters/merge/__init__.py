@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from . import mean
-from .method import MergeMethod
+from . import csvd, csvd_fit, first, mean, procrustes, random
+from .method import LayerFacts, MergeMethod
 
-METHODS: dict[str, MergeMethod] = {m.name: m for m in (mean.METHOD,)}
+METHODS: dict[str, MergeMethod] = {
+    module.METHOD.name: module.METHOD
+    for module in (mean, first, random, procrustes, csvd, csvd_fit)
+}
 
 
 def method_named(name: str) -> MergeMethod:
@@ -15,4 +18,4 @@ def method_named(name: str) -> MergeMethod:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "MergeMethod", "method_named"]
+__all__ = ["METHODS", "LayerFacts", "MergeMethod", "method_named"]

@@ -1,0 +1,239 @@
+"""Calibration text: which tokens the source model is watched on.
+
+With text they come from windows spread over all of it. Without text the model writes its own, from
+its beginning-of-text token; a model that cannot (an encoder) sees random tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .fit import FitSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# (steps done, steps in all, what)
+Progress = Callable[[int, int, str], None]
+
+SELF_GENERATED, RANDOM_TOKENS = "model-generated text", "random tokens"
+GENERATED_AT_ONCE = 32  # sequences that the model writes side by side
+CHARACTERS_PER_TOKEN = 8  # read per token wanted: more than any tokenizer needs for prose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What to calibrate on.
+
+    Args:
+        text: a text file, a ``.jsonl`` file with a ``text`` field in each line, or the name of a
+            dataset that the ``datasets`` package loads (``name`` or ``name:split``, with a
+            ``text`` column). None: see ``without_text``.
+        tokens: how many tokens; rounded down to whole sequences. Fewer if the text ends before.
+        sequence_length: tokens per sequence.
+        seed: of the choice of windows and of everything drawn later.
+        fit: how methods that fit do it.
+        without_text: what takes the text's place, ``SELF_GENERATED`` or ``RANDOM_TOKENS``.
+    """
+
+    text: str | Path | None = None
+    tokens: int = 49_152
+    sequence_length: int = 512
+    seed: int = 0
+    without_text: str = SELF_GENERATED
+    fit: FitSettings = field(default_factory=FitSettings)
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.sequence_length or self.sequence_length < 8:
+            raise ValueError(
+                f"calibration needs at least one sequence of 8 tokens or more; got "
+                f"{self.tokens} tokens in sequences of {self.sequence_length}"
+            )
+        if self.without_text not in (SELF_GENERATED, RANDOM_TOKENS):
+            raise ValueError(
+                f"without_text is {self.without_text!r}; "
+                f"possible: {SELF_GENERATED!r}, {RANDOM_TOKENS!r}"
+            )
+
+    def at_most(self, positions: int | None) -> Calibration:
+        """The same with sequences that a model of so many positions can take."""
+        if positions is None or positions >= self.sequence_length:
+            return self
+        return replace(self, sequence_length=positions)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    ids: Tensor  # [N, sequence_length] int64
+    origin: str  # for the record: what they are
+
+    @property
+    def count(self) -> int:
+        return self.ids.numel()
+
+
+def calibration_tokens(
+    calibration: Calibration, folder: Path, model: PreTrainedModel, progress: Progress
+) -> Tokens:
+    """Tokens for `model`, whose tokenizer lies in `folder`. Raises ValueError for unusable text."""
+    rows, length = calibration.tokens // calibration.sequence_length, calibration.sequence_length
+    tokenizer = _tokenizer(folder)
+    if calibration.text is not None:
+        if tokenizer is None:
+            raise ValueError(
+                f"{folder.name} holds no tokenizer, so text cannot be read; put its tokenizer "
+                "files there, or calibrate without text"
+            )
+        ids = _from_text(calibration, tokenizer, rows, length)
+        return Tokens(ids, f"text of {_public_name(calibration.text)}")
+    start = _first_token(model, tokenizer)
+    if calibration.without_text == SELF_GENERATED and model.can_generate() and start is not None:
+        return Tokens(_generated(model, start, rows, length, calibration, progress), SELF_GENERATED)
+    generator = torch.Generator().manual_seed(calibration.seed)
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return Tokens(torch.randint(vocabulary, (rows, length), generator=generator), RANDOM_TOKENS)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
+    if not any((folder / name).exists() for name in names):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+def _public_name(text: str | Path) -> str:
+    return Path(text).name if Path(text).exists() else str(text)
+
+
+def _from_text(
+    calibration: Calibration, tokenizer: PreTrainedTokenizerBase, rows: int, length: int
+) -> Tensor:
+    """Windows spread evenly over the text, each starting at a place of its own draw."""
+    assert calibration.text is not None
+    text = read_text(calibration.text, at_most=None)
+    draw = random.Random(calibration.seed)
+    span = length * CHARACTERS_PER_TOKEN
+    if len(text) <= rows * span:  # short: all of it, once
+        ids = _encode(tokenizer, text)[: rows * length]
+        usable = len(ids) // length * length
+        if not usable:
+            raise ValueError(
+                f"{_public_name(calibration.text)} holds {len(ids)} tokens, one sequence takes "
+                f"{length}; give more text or a smaller sequence_length"
+            )
+        return torch.tensor(ids[:usable]).view(-1, length)
+    windows = []
+    stride = (len(text) - span) / rows
+    for row in range(rows):
+        start = int((row + draw.random()) * stride)
+        ids = _encode(tokenizer, text[start : start + span])[:length]
+        if len(ids) == length:
+            windows.append(ids)
+    if not windows:
+        raise ValueError(f"{_public_name(calibration.text)} gives too few tokens: is it text?")
+    return torch.tensor(windows)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def read_text(source: str | Path, at_most: int | None) -> str:
+    """All text of a file, a JSONL file or a dataset, documents joined by blank lines."""
+    path = Path(source)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a text file, a .jsonl file or a dataset's name")
+    if not path.exists():
+        return _join(_from_dataset(str(source)), at_most)
+    if path.suffix == ".jsonl":
+        return _join(_from_jsonl(path), at_most)
+    try:
+        return path.read_text(encoding="utf-8")[:at_most]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _join(documents: Iterator[str], at_most: int | None) -> str:
+    parts, size = [], 0
+    for document in documents:
+        parts.append(document)
+        size += len(document)
+        if at_most is not None and size >= at_most:
+            break
+    return "\n\n".join(parts)[:at_most]
+
+
+def _from_jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(
+                    f'{path} line {number}: not an object with a field "text"'
+                ) from None
+            if not isinstance(text, str):
+                raise ValueError(f'{path} line {number}: the field "text" is no string')
+            yield text
+
+
+def _from_dataset(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"there is no file {name}; to load a dataset of that name: pip install datasets"
+        ) from None
+    repository, _, split = name.partition(":")
+    rows: Any = datasets.load_dataset(repository, split=split or "train", streaming=True)
+    for row in rows:
+        if "text" not in row:
+            raise ValueError(f"dataset {name} has no column text, only {', '.join(row)}")
+        yield row["text"]
+
+
+def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:
+    """What the model's texts begin with."""
+    candidates = [None if tokenizer is None else tokenizer.bos_token_id]
+    candidates += [getattr(model.config, name, None) for name in ("bos_token_id", "eos_token_id")]
+    return next((x for x in candidates if isinstance(x, int)), None)
+
+
+@torch.inference_mode()
+def _generated(
+    model: PreTrainedModel, start: int, rows: int, length: int, calibration: Calibration,
+    progress: Progress,
+) -> Tensor:  # fmt: skip
+    """Texts that the model writes itself, sampled at temperature 1."""
+    from transformers import GenerationConfig
+
+    writer: Any = model  # transformers' types do not know that it can
+    settings = GenerationConfig(  # not the model's own: a repetition penalty would bend the text
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start,
+        min_new_tokens=length - 1, max_new_tokens=length - 1,
+    )  # fmt: skip
+    devices = [] if model.device.type == "cpu" else [model.device]
+    done: list[Tensor] = []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(calibration.seed)
+        for first in range(0, rows, GENERATED_AT_ONCE):
+            count = min(GENERATED_AT_ONCE, rows - first)
+            prompt = torch.full((count, 1), start, device=model.device)
+            written = writer.generate(
+                prompt, attention_mask=torch.ones_like(prompt), generation_config=settings
+            )
+            done.append(written.cpu())
+            progress(first + count, rows, "writing calibration text")
+    return torch.cat(done).clone()

@@ -1,0 +1,147 @@
+"""The source as a transformers model, watched and run layer by layer.
+
+Weights in their stored dtype stay mapped from their files until a layer is used: memory holds one
+layer and the activations. Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .plan import Work
+from .verify import _is_our_code as is_our_code
+
+ROWS = 2  # sequences that go through a layer together
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is given beside its hidden states: positions, masks."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        """One batch of exactly the size that was recorded: [ROWS, S, E] -> the same."""
+        out = layer(hidden, *self.args, **self.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+class _Stop(Exception):
+    """Ends a forward pass that has shown what it was run for."""
+
+
+class SourceModel:
+    """The source's model, its layers and how they are called.
+
+    Raises ValueError where transformers cannot build it or where its layers are not found.
+    """
+
+    def __init__(self, work: Work) -> None:
+        import transformers
+
+        self.work = work
+        family, folder = work.family, work.source.folder
+        self.model = getattr(transformers, family.auto_class).from_pretrained(
+            folder,
+            dtype="auto",
+            attn_implementation="sdpa",
+            trust_remote_code=is_our_code(work),
+        )
+        self.model.eval().requires_grad_(False)
+        self.layers: nn.ModuleList = self.model.get_submodule(family.layers_path)
+        assert len(self.layers) == work.plan.layers, (len(self.layers), work.plan.layers)
+
+    @property
+    def positions(self) -> int | None:
+        """The longest sequence that the model takes, if it has a limit."""
+        config = self.model.config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
+    def float_layer(self, layer: int) -> nn.Module:
+        """A float32 copy of a layer, in evaluation mode."""
+        return copy.deepcopy(self.layers[layer]).float().eval()
+
+    @torch.no_grad()
+    def calls(self, ids: Tensor) -> list[list[Call]]:
+        """How each layer is called, use by use, for batches like ``ids[:ROWS]``."""
+        found: list[list[Call]] = [[] for _ in self.layers]
+        with self._watching(lambda layer, hidden, call: found[layer].append(call)):
+            self._forward(ids[:ROWS])
+        return found
+
+    @torch.no_grad()
+    def first_inputs(self, ids: Tensor) -> Tensor:
+        """What the first layer is given: [N, S, E] float32."""
+        found: list[Tensor] = []
+
+        def take(layer: int, hidden: Tensor, call: Call) -> None:
+            found.append(hidden.float())
+            raise _Stop
+
+        with self._watching(take):
+            for batch in ids.split(ROWS):
+                self._forward(batch)
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def all_inputs(self, ids: Tensor, layer: int) -> list[Tensor]:
+        """What a layer is given each time it is used: a list of [N, S, E] float32."""
+        rounds: list[list[Tensor]] = []
+
+        def take(number: int, hidden: Tensor, call: Call) -> None:
+            if number == layer:
+                rounds[-1].append(hidden.float())
+
+        with self._watching(take):
+            for batch in ids.split(ROWS):
+                rounds.append([])
+                self._forward(batch)
+        return [torch.cat(use) for use in zip(*rounds, strict=True)]
+
+    def _forward(self, ids: Tensor) -> None:
+        kwargs = {"use_cache": False} if self.model.can_generate() else {}
+        with suppress(_Stop):
+            self.model(input_ids=ids, **kwargs)
+
+    @contextmanager
+    def _watching(self, take: Callable[[int, Tensor, Call], None]) -> Iterator[None]:
+        handles = []
+        for number, layer in enumerate(self.layers):
+
+            def hook(
+                module: nn.Module,
+                args: tuple[Any, ...],
+                kwargs: dict[str, Any],
+                number: int = number,
+            ) -> None:
+                rest = dict(kwargs)
+                hidden, others = (args[0], args[1:]) if args else (rest.pop("hidden_states"), ())
+                take(number, hidden, Call(_as_float(others), _as_float(rest)))
+
+            handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _as_float(value: Any) -> Any:
+    """Half-precision tensors in float32, also inside tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {key: _as_float(x) for key, x in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_as_float(x) for x in value)
+    return value
