@@ -17,6 +17,7 @@ from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 from typer.testing import CliRunner
 
 from hf_attn_converters import convert
+from hf_attn_converters.calibration import Calibration
 from hf_attn_converters.checkpoint import open_checkpoint
 from hf_attn_converters.journal import JOURNAL, read_journal
 from hf_attn_patch.cli import app
@@ -25,6 +26,7 @@ from hf_attn_patch.cli import app
 SIGNALLED = """
     import os, signal, sys
     from hf_attn_converters import convert
+from hf_attn_converters.calibration import Calibration
     count = 0
     def progress(done, total, name):
         global count
@@ -277,3 +279,37 @@ def test_a_target_that_cannot_be_written(small_disk: Path, source: Path) -> None
     assert result.exit_code == 1
     assert "Read-only file system" in result.stderr
     assert list(small_disk.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["csvd", "csvd+fit"])
+def test_an_interrupted_calibration(method: str, tmp_path: Path) -> None:
+    """Layers that are computed stay, and the result is the same as if nothing had happened."""
+    source = tiny_checkpoint(tmp_path / "a", kv_heads=4, layers=3, tokenizer=True)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"The {i}th line of a text that says little.\n" for i in range(200)))
+    options = {
+        "num_key_value_heads": 1,
+        "method": method,
+        "calibration": Calibration(text=text, tokens=512, sequence_length=64),
+    }
+    convert(source, tmp_path / "undisturbed" / "b", **options)
+    layers = tmp_path / "b.partial" / "layers"
+
+    def stop(done: int, total: int, what: str) -> None:
+        if (layers / "0.safetensors").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "b", layer_progress=stop, **options)
+    assert (layers / "0.safetensors").exists()
+    assert not (layers / "2.safetensors").exists()
+    text_before = text.read_text()
+    text.write_text(text_before + "More.")
+    with pytest.raises(ValueError, match="calibration"):
+        convert(source, tmp_path / "b", resume=True, **options)
+    text.write_text(text_before)
+    convert(source, tmp_path / "b", resume=True, **options)
+    assert contents(tmp_path / "b") == contents(tmp_path / "undisturbed" / "b")
+    card = (tmp_path / "b" / "README.md").read_text()
+    assert f"{method}: heads are merged" in card
+    assert "| calibration |" in card

@@ -52,11 +52,10 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("after", [1, 9, 20], ids=lambda n: f"after-{n}-tensors")
-def test_a_kill_leaves_nothing_under_the_final_name(after: int, tmp_path: Path) -> None:
+def test_a_kill_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     source = tiny_checkpoint(tmp_path / "a", kv_heads=4, shard_size="10KB")
     before = contents(source)
-    done = run_python(KILLED, source, tmp_path / "b", after)
+    done = run_python(KILLED, source, tmp_path / "b", 9)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert not (tmp_path / "b").exists()
     assert (tmp_path / "b.partial").exists()

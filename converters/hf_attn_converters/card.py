@@ -104,8 +104,9 @@ def _method(record: Mapping[str, Any]) -> str:
 
 
 def _phrase(values: Mapping[str, Any]) -> str:
-    parts = (f"{k.replace('_', ' ')} {_number(v)}" for k, v in values.items() if v is not None)
-    return ", ".join(parts)
+    """The plain values in one line; lists and tables stay in the record."""
+    plain = {k: v for k, v in values.items() if isinstance(v, str | int | float)}
+    return ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in plain.items())
 
 
 def _number(value: Any) -> str:

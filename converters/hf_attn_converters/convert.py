@@ -19,8 +19,8 @@ from .plan import EXACT, ConversionPlan, Work, plan_conversion
 from .safetensors_file import Stamp
 from .sources import dequantize as write_dequantized
 from .sources import described, is_gguf
-from .verify import Verification, verify_output
-from .writer import Progress, stored_layers, write_about, write_weights
+from .verify import Text, Verification, read_text, verify_output
+from .writer import Progress, computed_layers, stored_layers, write_about, write_weights
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -113,6 +113,7 @@ def convert(
         if calibrated:
             changed = sum(work.info_after(i).nbytes for i in work.source if i.name in work.changed)
             work = _renamed(work, source, extra_bytes=changed)
+        text = None if verify_text is None else read_text(Path(verify_text))
         if dry_run:
             return ConvertResult(work.plan, True, time.perf_counter() - start)
         head = {
@@ -132,14 +133,22 @@ def convert(
                 from .calibrated import calibrate_layers
 
                 record = calibrate_layers(work, partial.layers, calibration, layer_progress)
-            layers = stored_layers(work, partial.layers if calibrated else None)
+            layers = stored_layers(partial.layers) if calibrated else computed_layers(work)
             write_weights(work, partial, layers, progress or (lambda done, total, name: None))
             if verify:
-                text = Path(verify_text) if verify_text is not None else None
-                found = verify_output(work, partial.folder, text)
+                found = _verified(work, partial.folder, text)
             write_about(work, partial.folder, calibration=record, verification=found)
             work.source.check_unchanged()
     return ConvertResult(work.plan, False, time.perf_counter() - start, record, found)
+
+
+def _verified(work: Work, folder: Path, text: Text | None) -> Verification:
+    try:
+        return verify_output(work, folder, text)
+    except (ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        # From inside transformers: the result is at fault, not what the user asked for.
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"verification failed: {first}") from error
 
 
 def _dequantized(source: Path, partial: Partial) -> Path:

@@ -53,7 +53,6 @@ class SourceModel:
         self.model = getattr(transformers, family.auto_class).from_pretrained(
             folder,
             dtype="auto",
-            attn_implementation="sdpa",
             trust_remote_code=is_our_code(work),
         )
         self.model.eval().requires_grad_(False)

@@ -31,7 +31,7 @@ class TargetLayers:
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
             auto = getattr(transformers, work.family.auto_class)
             with torch.device("meta"):
-                model = auto.from_config(config, attn_implementation="sdpa", trust_remote_code=ours)
+                model = auto.from_config(config, trust_remote_code=ours)
         # On the meta device: without weights.
         self.empty: nn.ModuleList = model.get_submodule(work.family.layers_path)
 

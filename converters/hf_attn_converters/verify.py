@@ -21,7 +21,7 @@ EXACT_KL = 1e-6  # above this, a conversion that should lose nothing lost someth
 TOKENS = 256  # of the text at most
 
 # The opening of Jane Austen's Pride and Prejudice (1813).
-TEXT = """\
+BUILT_IN = """\
 It is a truth universally acknowledged, that a single man in possession of a good fortune, must be \
 in want of a wife. However little known the feelings or views of such a man may be on his first \
 entering a neighbourhood, this truth is so well fixed in the minds of the surrounding families, \
@@ -55,12 +55,32 @@ class Verification:
         return asdict(self)
 
 
-def verify_output(work: Work, folder: Path, text: Path | None = None) -> Verification:
+@dataclass(frozen=True)
+class Text:
+    """What to verify on, and what the record calls it."""
+
+    words: str
+    name: str
+
+
+def read_text(path: Path) -> Text:
+    """A text to verify on. Raises ValueError when there is none."""
+    try:
+        words = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    if not words.strip():
+        raise ValueError(f"{path} is empty: no text to verify on")
+    return Text(words, path.name)
+
+
+def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verification:
     """Load the output in `folder`, compare it with its source, and say what was found.
 
     Loads the two models one after the other, in float32. Raises RuntimeError when weights are
     missing, unexpected or of another shape, when an exact conversion is not exact, or when the
-    output's numbers are not finite. Raises ValueError for a text that cannot be read.
+    output's numbers are not finite. `text` is a short built-in one by default; without a
+    tokenizer random tokens take its place.
     """
     from transformers import AutoConfig
 
@@ -131,31 +151,19 @@ def _round_trip(work: Work, folder: Path) -> str:
     return "bit-equal"
 
 
-def _tokens(work: Work, text: Path | None, config: Any) -> tuple[Tensor, str]:
+def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
     """Token ids [1, T], and what they are: a text, or for lack of a tokenizer random numbers."""
     limit = min(TOKENS, int(vars(config).get("max_position_embeddings") or TOKENS))
-    if {file.name for file in work.source.side_files()} & _TOKENIZERS:
-        from transformers import AutoTokenizer
+    if not {file.name for file in work.source.side_files()} & _TOKENIZERS:
+        generator = torch.Generator().manual_seed(0)
+        size = int(config.vocab_size)
+        return torch.randint(size, (1, limit), generator=generator), "random tokens"
+    from transformers import AutoTokenizer
 
-        words, name = TEXT, "built-in"
-        if text is not None:
-            words, name = _read_text(text), text.name
-        tokenizer = AutoTokenizer.from_pretrained(work.source.folder)
-        ids = tokenizer(words, return_tensors="pt", truncation=True, max_length=limit)["input_ids"]
-        if not ids.numel():
-            raise ValueError(f"{text}: no text to verify on")
-        return ids.long(), name
-    if text is not None:
-        raise ValueError(f"{work.plan.source} has no tokenizer: leave out --verify-text")
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(int(config.vocab_size), (1, limit), generator=generator), "random tokens"
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    text = text or Text(BUILT_IN, "built-in")
+    tokenizer = AutoTokenizer.from_pretrained(work.source.folder)
+    found = tokenizer(text.words, return_tensors="pt", truncation=True, max_length=limit)
+    return found["input_ids"].long(), text.name
 
 
 def _is_our_code(work: Work) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,19 @@ from .verify import Verification
 
 # (done, in all, what was done last)
 Progress = Callable[[int, int, str], None]
-LayerSource = Callable[[int], Mapping[str, Tensor]]  # a layer's rewritten tensors by name
 
 _LAYERS_HELD = 2  # a layer may straddle two files
 
 
-def write_weights(work: Work, partial: Partial, layers: LayerSource, progress: Progress) -> None:
+@dataclass(frozen=True)
+class Layers:
+    """The tensors that a conversion computes."""
+
+    where: Mapping[str, int]  # name -> the layer that it is computed with
+    load: Callable[[int], Mapping[str, Tensor]]  # a layer's tensors by name
+
+
+def write_weights(work: Work, partial: Partial, layers: Layers, progress: Progress) -> None:
     """Write every weights file that the journal lacks, the index, and all side files.
 
     `progress` counts bytes. After this the folder can be loaded, but does not say how it was
@@ -78,31 +86,39 @@ def write_about(
     write_text(folder / CARD, card_text(read_card(work.source.folder), record))
 
 
-def stored_layers(work: Work, folder: Path | None) -> LayerSource:
-    """Where layers come from: computed ahead of time into `folder`, or, if None, here and now."""
-    if folder is None:
-        return lambda layer: convert_layer(work, layer)
+def computed_layers(work: Work) -> Layers:
+    """Layers as they are asked for, each from the source's weights alone."""
+    return Layers(
+        where={name: place.layer for name, place in work.changed.items()},
+        load=lambda layer: convert_layer(work, layer),
+    )
+
+
+def stored_layers(folder: Path) -> Layers:
+    """Layers computed ahead of time: `folder` holds one file for each."""
+    shards = {int(path.stem): read_header(path) for path in folder.glob("[0-9]*.safetensors")}
 
     def load(layer: int) -> dict[str, Tensor]:
-        shard = read_header(folder / f"{layer}.safetensors")
-        return {name: shard.read(name) for name in shard.tensors}
+        return {name: shards[layer].read(name) for name in shards[layer].tensors}
 
-    return load
+    return Layers(
+        where={name: layer for layer, shard in shards.items() for name in shard.tensors}, load=load
+    )
 
 
 class _Tensors:
     """The output's tensors: copied as bytes, turned into another form, or taken from layers."""
 
-    def __init__(self, work: Work, layers: LayerSource) -> None:
+    def __init__(self, work: Work, layers: Layers) -> None:
         self.work, self.layers = work, layers
         # Results that wait for their turn, by layer. Bounded: were a file sorted by role rather
         # than by layer, layers would be computed again instead of filling the memory.
         self.waiting: dict[int, dict[str, Tensor]] = {}
 
     def chunks(self, name: str) -> Iterable[memoryview]:
-        place = self.work.changed.get(name)
-        if place is not None:
-            return [tensor_bytes(self._of_layer(place.layer, name))]
+        layer = self.layers.where.get(name)
+        if layer is not None:
+            return [tensor_bytes(self._of_layer(layer, name))]
         info = self.work.source.shard_of(name).tensors[name]
         turn = self.work.rewrite(info)
         if turn is not None:
@@ -114,7 +130,7 @@ class _Tensors:
             self.waiting.pop(layer, None)
             while len(self.waiting) >= _LAYERS_HELD:
                 self.waiting.pop(next(iter(self.waiting)))
-            self.waiting[layer] = dict(self.layers(layer))
+            self.waiting[layer] = dict(self.layers.load(layer))
         tensor = self.waiting[layer].pop(name)
         if not self.waiting[layer]:
             del self.waiting[layer]
