@@ -146,6 +146,7 @@ def test_misuse_is_one_line_and_exit_code_2(case: Bad, dry_run: bool, tmp_path: 
     case.spoil(source)
     before = contents(source)
     arguments = ["convert", str(source), str(tmp_path / "b"), "-n", str(case.heads)]
+    arguments += ["--method", "mean"]
     result = CliRunner().invoke(app, arguments + ["--dry-run"] * dry_run)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
@@ -185,7 +186,16 @@ def test_bad_paths(case: BadPath, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a")
     before = contents(tmp_path)
     result = CliRunner().invoke(
-        app, ["convert", str(tmp_path / case.source), str(tmp_path / case.target), "-n", "1"]
+        app,
+        [
+            "convert",
+            str(tmp_path / case.source),
+            str(tmp_path / case.target),
+            "-n",
+            "1",
+            "--method",
+            "mean",
+        ],
     )
     assert result.exit_code == 2, result.output
     assert case.says in result.stderr
@@ -204,7 +214,9 @@ def test_unknown_method_lists_the_known(tmp_path: Path) -> None:
 def test_a_full_disk_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "a", kv_heads=4)
     monkeypatch.setattr("hf_attn_converters.plan.free_bytes", lambda target: 1000)
-    result = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "b"), "-n", "1"])
+    result = CliRunner().invoke(
+        app, ["convert", str(source), str(tmp_path / "b"), "-n", "1", "--method", "mean"]
+    )
     assert result.exit_code == 1
     assert "1,000 are free" in result.stderr
 
@@ -216,7 +228,8 @@ def test_hub_cache_links_are_followed(tmp_path: Path) -> None:
     for file in source.iterdir():
         (tmp_path / "snapshot" / file.name).symlink_to(file)
     result = CliRunner().invoke(
-        app, ["convert", str(tmp_path / "snapshot"), str(tmp_path / "b"), "-n", "1"]
+        app,
+        ["convert", str(tmp_path / "snapshot"), str(tmp_path / "b"), "-n", "1", "--method", "mean"],
     )
     assert result.exit_code == 0, result.output
     assert not any(p.is_symlink() for p in (tmp_path / "b").iterdir())

@@ -241,3 +241,61 @@ def test_every_token_counts_by_its_own_size() -> None:
     targets = torch.tensor([[1000.0, 0.0], [1.0, 0.0]])
     off = targets * torch.tensor([[1.1], [1.0]])
     torch.testing.assert_close(relative_error(off, targets), torch.tensor(0.005))
+
+
+def test_grouping_moves_heads_and_says_so(tmp_path: Path) -> None:
+    """A shuffled expansion of a GQA model comes back without loss, but only with grouping."""
+    from safetensors.torch import load_file, save_file
+
+    small = tiny_checkpoint(tmp_path / "small", heads=8, kv_heads=2)
+    source = tmp_path / "mha"
+    convert(small, source, num_key_value_heads=8)
+    tensors = load_file(source / "model.safetensors")
+    order = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    for name, x in tensors.items():
+        if "self_attn.o_proj" in name:
+            tensors[name] = x.view(len(x), 8, -1)[:, order].reshape(x.shape).contiguous()
+        elif "self_attn" in name:
+            tensors[name] = x.view(8, -1, x.shape[1])[order].reshape(x.shape).contiguous()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    found = {}
+    for name, grouped in (("grouped", True), ("plain", False)):
+        options: dict[str, Any] = {"method": "csvd", "calibration": QUICK, "group_heads": grouped}
+        convert(source, tmp_path / name, num_key_value_heads=2, **options)
+        found[name] = distance(small, tmp_path / name)
+    assert found["grouped"] < 1e-3 < 0.1 < found["plain"], found
+
+
+@pytest.mark.parametrize(
+    ("family", "before", "after", "method", "message"),
+    [
+        pytest.param("llama", 4, 2, "mean", "calibrated method", id="mean"),
+        pytest.param("falcon_mha", 4, 1, "csvd", "numbers its heads", id="alibi"),
+        pytest.param("llama", 2, 4, "csvd", "whole groups", id="expansion"),
+    ],
+)
+def test_where_grouping_is_refused(
+    family: str, before: int, after: int, method: str, message: str, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint(tmp_path / "a", family=family, kv_heads=before)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "b", num_key_value_heads=after, method=method, group_heads=True)
+
+
+def test_default_method(tmp_path: Path) -> None:
+    source = tiny_checkpoint(tmp_path / "a", kv_heads=4, tokenizer=True)
+    text = tmp_path / "words.txt"
+    text.write_text("It was a bright cold day in April. " * 100)
+    found = {}
+    for name, calibration in {
+        "none": None,
+        "tokens": QUICK,
+        "text": Calibration(text=text, tokens=128, sequence_length=32),
+    }.items():
+        result = convert(
+            source, tmp_path / name, num_key_value_heads=1, calibration=calibration, dry_run=True
+        )
+        found[name] = result.plan.method
+    assert found == {"none": "csvd", "tokens": "csvd", "text": "csvd+fit"}
+    exact = convert(tmp_path / "a", tmp_path / "c", num_key_value_heads=1, method="mean")
+    assert exact.plan.method == "mean"

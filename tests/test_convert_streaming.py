@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 
-from hf_attn_converters import convert
+import hf_attn_converters
 from hf_attn_converters import output as output_module
 from hf_attn_converters import plan as plan_module
 from hf_attn_converters import writer as writer_module
@@ -26,6 +27,8 @@ from hf_attn_converters.layer import convert_layer
 from hf_attn_converters.plan import Work
 from hf_attn_converters.safetensors_file import CHUNK, TensorInfo, read_header
 from hf_attn_converters.safetensors_writer import tensor_bytes, write_file
+
+convert = functools.partial(hf_attn_converters.convert, method="mean")  # needs no data
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -48,7 +51,7 @@ KILLED = """
         count += 1
         if count == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
-    convert(sys.argv[1], sys.argv[2], num_key_value_heads=1, progress=progress)
+    convert(sys.argv[1], sys.argv[2], num_key_value_heads=1, method="mean", progress=progress)
 """
 
 
@@ -99,7 +102,7 @@ def test_a_write_that_fails(tmp_path: Path) -> None:
         from hf_attn_converters import convert
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         try:
-            convert(sys.argv[1], sys.argv[2], num_key_value_heads=1)
+            convert(sys.argv[1], sys.argv[2], num_key_value_heads=1, method="mean")
         except OSError as error:
             sys.exit(f"refused: {error}")
         """,
@@ -203,7 +206,7 @@ MEMORY = """
     import hf_attn_converters
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     before = peak()
-    hf_attn_converters.convert(sys.argv[1], sys.argv[2], num_key_value_heads=1)
+    hf_attn_converters.convert(sys.argv[1], sys.argv[2], num_key_value_heads=1, method="mean")
     print(peak() - before)
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from hf_attn_converters.kv_heads import change_kv_heads, expand
 from hf_attn_converters.layouts import LayerHeads, Part
 from hf_attn_converters.merge import METHODS, LayerFacts
+from hf_attn_converters.merge.grouping import best_groups, group_heads
 
 E, D, HQ = 24, 8, 12
 
@@ -233,3 +235,50 @@ def test_random_differs_by_seed_and_keeps_the_size() -> None:
     part = Part("k", "weight")
     assert not torch.equal(a[part], b[part])
     assert 0.7 < float(a[part].norm() / layer[part][0].norm()) < 1.4
+
+
+def shuffled(layer: Layer, order: list[int]) -> Layer:
+    return {p: x[torch.tensor(order)] for p, x in layer.items()}
+
+
+@pytest.mark.parametrize("at", POSITIONS)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+def test_grouping_finds_who_belongs_together(at: Position, kv_heads: int) -> None:
+    """MHA made of hidden groups, then shuffled: with grouping csvd is exact again."""
+    layer = random_layer(kv_heads)
+    hidden = hide(layer, at)
+    order = torch.randperm(HQ, generator=torch.Generator().manual_seed(4)).tolist()
+    mixed = shuffled(hidden, order)
+    facts = facts_for(inputs(), at)
+    assert error(layer, mixed, at) < 1e-9
+    together = group_heads(mixed, kv_heads, facts)
+    assert error(layer, together, at) < 1e-9  # moving heads changes nothing
+    plain, found = (change_kv_heads(x, kv_heads, METHODS["csvd"], facts) for x in (mixed, together))
+    assert error(layer, found, at) < 1e-6
+    assert error(layer, plain, at) > 0.05
+
+
+def test_grouping_keeps_queries_with_their_key() -> None:
+    layer = random_layer(4)
+    facts = facts_for(inputs(), ROPE)
+    moved = group_heads(layer, 2, facts)
+    assert error(layer, moved, ROPE) < 1e-9
+    control = {**moved, Part("q", "weight"): moved[Part("q", "weight")].roll(1, 0)}
+    assert error(layer, control, ROPE) > 0.05
+
+
+def test_small_groupings_are_the_best_of_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(8, 2, generator=generator)
+
+    def cost(group: tuple[int, ...]) -> float:
+        own = points[list(group)]
+        return float((own - own.mean(0)).square().sum())
+
+    found = best_groups(8, 2, cost)
+    brute = min(
+        cost(one) + cost(tuple(set(range(8)) - set(one)))
+        for one in itertools.combinations(range(8), 4)
+    )
+    assert sum(map(cost, found)) == pytest.approx(brute)
+    assert sorted(h for group in found for h in group) == list(range(8))

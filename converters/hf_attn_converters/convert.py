@@ -49,8 +49,9 @@ def convert(
     dst: str | Path,
     *,
     num_key_value_heads: int,
-    method: str = "mean",
+    method: str | None = None,
     calibration: Calibration | None = None,
+    group_heads: bool = False,
     tensor_parallel_size: int | None = None,
     dequantize: bool = False,
     resume: bool = False,
@@ -63,7 +64,9 @@ def convert(
     """Write to `dst` the checkpoint `src` with another number of KV heads.
 
     More heads (a multiple) is exact: each head is repeated. Fewer are merged by `method`, see
-    `METHODS`; `calibration` says on what text a calibrated method measures. `src` is a folder
+    `METHODS`; `calibration` says on what text a calibrated method measures. By default it is
+    "csvd+fit" where `calibration` has a text, else "csvd", on text that the model writes itself.
+    `group_heads` first puts those heads next to each other that lose least by sharing. `src` is a folder
     with safetensors or `pytorch_model.bin`, or, with `dequantize`, a GGUF file. The stored dtype
     is kept; arithmetic is one precision wider.
 
@@ -84,7 +87,8 @@ def convert(
             folder,
             target,
             num_key_value_heads=num_key_value_heads,
-            method=method,
+            method=method or default_method(calibration),
+            group_heads=group_heads,
             tensor_parallel_size=tensor_parallel_size,
         )
 
@@ -120,6 +124,7 @@ def convert(
             "version": version(),
             "kv_heads": num_key_value_heads,
             "method": work.plan.method,
+            "group_heads": group_heads,
             "calibration": _identity(calibration) if calibrated else None,
             "config": _sha256(work.source.config),
             "weights": origin,
@@ -149,6 +154,11 @@ def _verified(work: Work, folder: Path, text: Text | None) -> Verification:
         # From inside transformers: the result is at fault, not what the user asked for.
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"verification failed: {first}") from error
+
+
+def default_method(calibration: Calibration | None) -> str:
+    """The best method for what is at hand: fitting needs a text that is worth it."""
+    return "csvd+fit" if calibration is not None and calibration.text is not None else "csvd"
 
 
 def _dequantized(source: Path, partial: Partial) -> Path:

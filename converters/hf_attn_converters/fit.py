@@ -68,7 +68,7 @@ def fit_layer(
     for group in groups:
         for parameter in group["params"]:
             parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
     batches = _batches(uses, settings.steps, seed)
     scale = _added(uses)
     losses = []

@@ -11,6 +11,7 @@ from torch import Tensor
 from .kv_heads import change_kv_heads, expand
 from .layouts import KV_ROLES, LayerHeads, Part
 from .merge import LayerFacts
+from .merge.grouping import group_heads
 from .merge.mean import pool
 from .plan import EXACT, Work
 
@@ -53,6 +54,8 @@ def layer_facts(work: Work, layer: int) -> LayerFacts:
 def change_heads(work: Work, heads: LayerHeads, facts: LayerFacts) -> dict[Part, Tensor]:
     """One layer's heads with the KV heads that the plan asks for."""
     method, after = work.method, work.plan.kv_heads_after
+    if work.group_heads:
+        heads = group_heads(heads, after, facts)
     # A method that turns queries leaves K behind a norm as it is and pools it; so is its norm.
     # Any other treats the norm's scales as it treats the heads that they belong to.
     given = {

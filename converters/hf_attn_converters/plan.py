@@ -17,7 +17,7 @@ from .families import FamilySpec, Target, family_of
 from .kv_heads import check_kv_heads, is_exact
 from .layouts import KV_ROLES, Heads, Layout, Place, Role, Slot
 from .located import attention_tensors, obsolete_tensors, tied_copies
-from .merge import MergeMethod, method_named
+from .merge import METHODS, MergeMethod, method_named
 from .models import source_of
 from .output import check_destination, free_bytes
 from .safetensors_file import FLOAT_DTYPES, TensorInfo
@@ -62,6 +62,7 @@ class Work:
     family: FamilySpec
     target: Target
     method: MergeMethod
+    group_heads: bool  # heads change places first, so that those share that go best together
     changed: Mapping[str, Place]  # attention tensors that the conversion rewrites
     dropped: frozenset[str]
 
@@ -132,10 +133,12 @@ def plan_conversion(
     *,
     num_key_value_heads: int,
     method: str = "mean",
+    group_heads: bool = False,
     tensor_parallel_size: int | None = None,
 ) -> Work:
     """Check everything that headers can tell. Raises ValueError for misuse and bad input.
 
+    `group_heads` puts those heads next to each other that lose least by sharing.
     `tensor_parallel_size` is the number of devices that the result is meant for; each gets whole
     KV heads, so it must divide them.
     """
@@ -150,6 +153,8 @@ def plan_conversion(
     _check_parallel(after, hq, tensor_parallel_size)
     _check_architectures(family, config, form)
     exact = is_exact(before, after)
+    if group_heads:
+        _check_grouping(family, config, merge, before, after)
     places = attention_tensors(checkpoint, family)
     layout = form.layout or family.layout
     changed = _changed(places, layout, KV_ROLES if exact else merge.touches)
@@ -185,6 +190,7 @@ def plan_conversion(
         family=family,
         target=form,
         method=merge,
+        group_heads=group_heads,
         changed=changed,
         dropped=dropped,
     )
@@ -210,6 +216,25 @@ def _target(family: FamilySpec, config: Mapping[str, Any], after: int) -> Target
             return target
     check_kv_heads(query_heads=hq, before=before, after=after)
     raise AssertionError("check_kv_heads refuses equal counts")
+
+
+def _check_grouping(
+    family: FamilySpec, config: Mapping[str, Any], method: MergeMethod, before: int, after: int
+) -> None:
+    if not method.calibrated:
+        raise ValueError(
+            f"group_heads needs a calibrated method, got {method.name}; possible: "
+            f"{', '.join(sorted(name for name, m in METHODS.items() if m.calibrated))}"
+        )
+    if not family.heads_can_move(config):
+        raise ValueError(
+            f"{family.model_type} with {family.heads_numbered_by} numbers its heads: they cannot "
+            "change places; leave out group_heads"
+        )
+    if before % after or before == after:
+        raise ValueError(
+            f"group_heads needs whole groups: {after} does not divide {before} KV heads"
+        )
 
 
 def _check_parallel(after: int, query_heads: int, devices: int | None) -> None:

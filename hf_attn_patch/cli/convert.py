@@ -23,8 +23,15 @@ def convert_command(
         int, typer.Option("--num-key-value-heads", "-n", help="KV heads wanted; 1 is MQA.")
     ],
     method: Annotated[
-        str, typer.Option(help="How heads are merged; an unknown name lists the known.")
-    ] = "mean",
+        str | None,
+        typer.Option(
+            help="How heads are merged; an unknown name lists the known. "
+            "Default: csvd+fit with --calibration-text, else csvd."
+        ),
+    ] = None,
+    group_heads: Annotated[
+        bool, typer.Option(help="First put those heads together that lose least by sharing.")
+    ] = False,
     calibration_text: Annotated[
         str | None,
         typer.Option(help="Text, JSONL or dataset that a calibrated method measures on."),
@@ -65,6 +72,7 @@ def convert_command(
             dst,
             num_key_value_heads=num_key_value_heads,
             method=method,
+            group_heads=group_heads,
             calibration=calibration_of(calibration_text, calibration_tokens, seed),
             tensor_parallel_size=tensor_parallel_size,
             dequantize=dequantize,
