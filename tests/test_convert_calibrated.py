@@ -198,7 +198,7 @@ def test_jsonl_and_bad_text(tmp_path: Path) -> None:
     assert read_text(good, None) == "one\n\n\n\ntwo"
     bad = tmp_path / "b.jsonl"
     bad.write_text('{"text": "one"}\n{"txt": "two"}\n')
-    with pytest.raises(ValueError, match='line 2.*"text"'):
+    with pytest.raises(ValueError, match=r'line 2.*"text"'):
         read_text(bad, None)
     binary = tmp_path / "c.txt"
     binary.write_bytes(b"\xff\xfe\x00")

@@ -40,8 +40,9 @@ def calibrate_layers(
     """
     say = progress or (lambda done, total, what: None)
     folder.mkdir(exist_ok=True)
-    source = SourceModel(work)
-    settings = (calibration or Calibration()).at_most(source.positions)
+    settings = calibration or Calibration()
+    source = SourceModel(work, settings.device or best_device())
+    settings = settings.at_most(source.positions)
     tokens = _tokens(work, folder, settings, source, say)
     errors = _Conversion(work, folder, source, tokens.ids, settings).run(say)
     record: dict[str, Any] = {
@@ -110,8 +111,8 @@ class _Conversion:
                 tensors, about = _load(path)
                 errors.append(float(about["error"]))
                 if not shared:
-                    new = self.targets.filled(layer, old, tensors)
-                    ours = [run_all(new, ours[0], calls[0])]
+                    new = self.targets.filled(layer, old, tensors, self.source.device)
+                    ours = [self._run(new, ours[0], calls[0])]
             theirs = outputs
             progress(layer + 1, count, f"layer {layer}")
         return errors
@@ -128,12 +129,12 @@ class _Conversion:
             nonlocal total, seen
             x = args[0].flatten(0, -2)
             x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            part = (x.T @ x).double()
+            part = (x.T @ x).double().cpu()
             total, seen = part if total is None else total + part, seen + len(x)
 
         query = next(slot for slot in self.work.family.layout.slots if "q" in slot.roles)
         handle = old.get_submodule(query.module).register_forward_pre_hook(watch)
-        outputs = [run_all(old, x, call) for x, call in zip(inputs, calls, strict=True)]
+        outputs = [self._run(old, x, call) for x, call in zip(inputs, calls, strict=True)]
         handle.remove()
         assert total is not None
         covariance = total / seen
@@ -141,6 +142,12 @@ class _Conversion:
             raise ValueError("the source's hidden states hold NaN or infinity: is it damaged?")
         covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
         return covariance, outputs
+
+    @torch.no_grad()
+    def _run(self, layer: nn.Module, inputs: Tensor, call: Call) -> Tensor:
+        """[N, S, E] through a layer, a batch at a time; hidden states wait in main memory."""
+        batches = (batch.to(self.source.device) for batch in inputs.split(ROWS))
+        return torch.cat([call.run(layer, batch).cpu() for batch in batches])
 
     def _merge(self, layer: int, covariance: Tensor) -> dict[str, Tensor]:
         facts = replace(
@@ -155,7 +162,7 @@ class _Conversion:
         self, layer: int, old: nn.Module, tensors: Mapping[str, Tensor], uses: list[Use]
     ) -> tuple[dict[str, Tensor], float]:
         assert self.targets is not None
-        new = self.targets.filled(layer, old, tensors)
+        new = self.targets.filled(layer, old, tensors, self.source.device)
         names = self.targets.stored_names(layer, new)
         parameters = dict(new.named_parameters())
         attention = [parameters[own] for own, name in names.items() if name in tensors]
@@ -165,15 +172,15 @@ class _Conversion:
         if not fit.other_lr:
             names = {own: name for own, name in names.items() if name in tensors}
         return {
-            name: parameters[own].detach().to(self.work.dtype_of(name)).contiguous()
+            name: parameters[own].detach().cpu().to(self.work.dtype_of(name)).contiguous()
             for own, name in names.items()
         }, error
 
 
-@torch.no_grad()
-def run_all(layer: nn.Module, inputs: Tensor, call: Call) -> Tensor:
-    """[N, S, E] through a layer, a batch at a time."""
-    return torch.cat([call.run(layer, batch) for batch in inputs.split(ROWS)])
+def best_device() -> str:
+    """An accelerator where torch has one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else str(accelerator)
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

@@ -41,6 +41,7 @@ class Calibration:
         sequence_length: tokens per sequence.
         seed: of the choice of windows and of everything drawn later.
         fit: how methods that fit do it.
+        device: where layers run, as torch spells it. None: an accelerator if there is one.
         without_text: what takes the text's place, ``SELF_GENERATED`` or ``RANDOM_TOKENS``.
     """
 
@@ -50,6 +51,7 @@ class Calibration:
     seed: int = 0
     without_text: str = SELF_GENERATED
     fit: FitSettings = field(default_factory=FitSettings)
+    device: str | None = None
 
     def __post_init__(self) -> None:
         if self.tokens < self.sequence_length or self.sequence_length < 8:

@@ -66,9 +66,10 @@ def convert(
     More heads (a multiple) is exact: each head is repeated. Fewer are merged by `method`, see
     `METHODS`; `calibration` says on what text a calibrated method measures. By default it is
     "csvd+fit" where `calibration` has a text, else "csvd", on text that the model writes itself.
-    `group_heads` first puts those heads next to each other that lose least by sharing. `src` is a folder
-    with safetensors or `pytorch_model.bin`, or, with `dequantize`, a GGUF file. The stored dtype
-    is kept; arithmetic is one precision wider.
+    `group_heads` first puts those heads next to each other that lose least by sharing.
+
+    `src` is a folder with safetensors or `pytorch_model.bin`, or, with `dequantize`, a GGUF file.
+    The stored dtype is kept; arithmetic is one precision wider.
 
     `dst` appears under its name only when complete, with tokenizer, templates and licence
     copied. An interrupted conversion leaves `DST.partial/`; the same call with `resume` continues

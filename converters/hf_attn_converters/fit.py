@@ -70,15 +70,16 @@ def fit_layer(
             parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, weight_decay=0.0, fused=True)
     batches = _batches(uses, settings.steps, seed)
-    scale = _added(uses)
+    device = next(layer.parameters()).device
+    scale = _added(uses).to(device)
     losses = []
     for step, (use, rows) in enumerate(batches):
         share = min(1.0, (step + 1) / WARM_UP) * (1 - step / settings.steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
-        targets = use.targets[rows]
+        targets = use.targets[rows].to(device)
         with _autocast(targets):
-            found = use.call.run(layer, use.inputs[rows])
+            found = use.call.run(layer, use.inputs[rows].to(device))
         loss = relative_error(found.float(), targets) / scale
         optimizer.zero_grad()
         loss.backward()

@@ -29,7 +29,8 @@ class Call:
     kwargs: dict[str, Any]
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """One batch of exactly the size that was recorded: [ROWS, S, E] -> the same."""
+        """One batch of exactly the size that was recorded: [ROWS, S, E] -> the same. All is on
+        one device."""
         out = layer(hidden, *self.args, **self.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
@@ -45,10 +46,10 @@ class SourceModel:
     Raises ValueError where transformers cannot build it or where its layers are not found.
     """
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: Work, device: str = "cpu") -> None:
         import transformers
 
-        self.work = work
+        self.work, self.device = work, device
         family, folder = work.family, work.source.folder
         self.model = getattr(transformers, family.auto_class).from_pretrained(
             folder,
@@ -67,8 +68,8 @@ class SourceModel:
         return found if isinstance(found, int) else None
 
     def float_layer(self, layer: int) -> nn.Module:
-        """A float32 copy of a layer, in evaluation mode."""
-        return copy.deepcopy(self.layers[layer]).float().eval()
+        """A float32 copy of a layer on the device, in evaluation mode."""
+        return copy.deepcopy(self.layers[layer]).float().eval().to(self.device)
 
     @torch.no_grad()
     def calls(self, ids: Tensor) -> list[list[Call]]:
@@ -76,7 +77,10 @@ class SourceModel:
         found: list[list[Call]] = [[] for _ in self.layers]
         with self._watching(lambda layer, hidden, call: found[layer].append(call)):
             self._forward(ids[:ROWS])
-        return found
+        return [
+            [Call(_moved(c.args, self.device), _moved(c.kwargs, self.device)) for c in uses]
+            for uses in found
+        ]
 
     @torch.no_grad()
     def first_inputs(self, ids: Tensor) -> Tensor:
@@ -125,7 +129,7 @@ class SourceModel:
             ) -> None:
                 rest = dict(kwargs)
                 hidden, others = (args[0], args[1:]) if args else (rest.pop("hidden_states"), ())
-                take(number, hidden, Call(_as_float(others), _as_float(rest)))
+                take(number, hidden, Call(_moved(others, "cpu"), _moved(rest, "cpu")))
 
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:
@@ -135,12 +139,12 @@ class SourceModel:
                 handle.remove()
 
 
-def _as_float(value: Any) -> Any:
-    """Half-precision tensors in float32, also inside tuples and dictionaries."""
+def _moved(value: Any, device: str) -> Any:
+    """Tensors on the device, half-precision ones in float32, also inside tuples and dicts."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return (value.float() if value.is_floating_point() else value).to(device)
     if isinstance(value, dict):
-        return {key: _as_float(x) for key, x in value.items()}
+        return {key: _moved(x, device) for key, x in value.items()}
     if isinstance(value, tuple):
-        return tuple(_as_float(x) for x in value)
+        return tuple(_moved(x, device) for x in value)
     return value

@@ -36,9 +36,11 @@ class TargetLayers:
         self.empty: nn.ModuleList = model.get_submodule(work.family.layers_path)
 
     @torch.no_grad()
-    def filled(self, layer: int, old: nn.Module, stored: Mapping[str, Tensor]) -> nn.Module:
+    def filled(
+        self, layer: int, old: nn.Module, stored: Mapping[str, Tensor], device: str = "cpu"
+    ) -> nn.Module:
         """The target's layer in float32: `stored` by checkpoint name, all else from `old`."""
-        new = copy.deepcopy(self.empty[layer]).to_empty(device="cpu").float().eval()
+        new = copy.deepcopy(self.empty[layer]).to_empty(device=device).float().eval()
         theirs = dict(old.named_parameters()) | dict(old.named_buffers())
         names = self._names(layer)
         for own, tensor in [*new.named_parameters(), *new.named_buffers()]:

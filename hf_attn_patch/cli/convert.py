@@ -39,6 +39,12 @@ def convert_command(
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to calibrate on.")
     ] = None,
+    fit_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps by which csvd+fit fits each layer.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Where calibration runs: cpu, cuda ... (the best there is)")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of whatever a calibration draws.")] = None,
     tensor_parallel_size: Annotated[
         int | None, typer.Option(min=1, help="Refuse KV heads that this many devices cannot share.")
@@ -73,7 +79,13 @@ def convert_command(
             num_key_value_heads=num_key_value_heads,
             method=method,
             group_heads=group_heads,
-            calibration=calibration_of(calibration_text, calibration_tokens, seed),
+            calibration=calibration_of(
+                text=calibration_text,
+                tokens=calibration_tokens,
+                seed=seed,
+                device=device,
+                fit_steps=fit_steps,
+            ),
             tensor_parallel_size=tensor_parallel_size,
             dequantize=dequantize,
             resume=resume,
@@ -99,14 +111,16 @@ def convert_command(
     typer.echo(f"wrote {dst} in {result.seconds:.1f} s ({rate:.0f} MB/s)")
 
 
-def calibration_of(text: str | None, tokens: int | None, seed: int | None) -> Calibration | None:
+def calibration_of(*, fit_steps: int | None, **options: Any) -> Calibration | None:
     """The options that were given as a Calibration; None when none was."""
-    options: dict[str, Any] = {"text": text, "tokens": tokens, "seed": seed}
     given = {name: value for name, value in options.items() if value is not None}
-    if not given:
+    if not given and fit_steps is None:
         return None
     from hf_attn_converters.calibration import Calibration
+    from hf_attn_converters.fit import FitSettings
 
+    if fit_steps is not None:
+        given["fit"] = FitSettings(steps=fit_steps)
     return Calibration(**given)
 
 
