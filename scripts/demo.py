@@ -3,7 +3,7 @@
 1. Fetches SmolLM2-135M-Instruct (once) and runs it with sdpa, triton_fa2 and triton_swa: the
    tokens must be the same.
 2. Expands its 3 KV heads to 9 (MHA) and pools them back: the difference must be 0.0.
-3. Converts 3 KV heads to 1 (MQA) and measures what that costs and buys.
+3. Converts 3 KV heads to 1 (MQA), by mean pooling and by csvd, and measures what each costs.
 
 Exit code 1 when something must be and is not.
 """
@@ -18,10 +18,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hf_attn_converters import convert
+from hf_attn_converters.calibration import Calibration
 from hf_attn_converters.checkpoint import open_checkpoint
 from hf_attn_patch.cli.common import print_table, progress_bar
 from hf_attn_patch.compare import (
@@ -36,6 +38,7 @@ from hf_attn_patch.compare import (
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "text" / "state_of_the_union.txt"
 PROMPTS = ROOT / "examples" / "text" / "prompts.txt"
+EVALUATED = 2048  # tokens of the text's beginning on which conversions are judged
 
 # Wider than any text here: every token is seen, so the tokens must be those of full attention.
 WIDE = "triton_swa:window=8192"
@@ -84,8 +87,9 @@ def idle_cores() -> int:
 def fetch(cache: Path) -> Path:
     """SmolLM2's folder. In a process of its own, which gives its memory back."""
     target = cache / "smollm2-135m"
-    script = Path(__file__).with_name("fetch_smollm2.py")
-    if subprocess.run([sys.executable, str(script), str(target)], check=False).returncode:
+    script = Path(__file__).with_name("fetch_checkpoint.py")
+    command = [sys.executable, str(script), "smollm2", str(target)]
+    if subprocess.run(command, check=False).returncode:
         raise DemoFailed("the demo needs SmolLM2-135M; see above for what is missing")
     return target
 
@@ -111,11 +115,13 @@ def conversions(source: Path, options: argparse.Namespace, sections: list[str]) 
     work = options.cache / "demo"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    mha, back, mqa = (work / f"{source.name}-{name}" for name in ("mha", "back", "mqa"))
+    mha, back, mean, csvd = (
+        work / f"{source.name}-{name}" for name in ("mha", "back", "mqa-mean", "mqa-csvd")
+    )
 
     heading(f"2. {kv_heads} KV heads to {heads} (MHA), and pooled back")
     convert_shown(source, mha, heads)
-    convert_shown(mha, back, kv_heads)
+    convert_shown(mha, back, kv_heads, method="mean")
     count, difference = largest_difference(source, back)
     shutil.rmtree(back)
     line = f"{count} tensors, expanded and pooled back: largest difference {difference}"
@@ -124,9 +130,10 @@ def conversions(source: Path, options: argparse.Namespace, sections: list[str]) 
     if difference != 0.0:
         raise DemoFailed("expanding and pooling back must give the source's tensors")
 
-    heading(f"3. {kv_heads} KV heads to 1 (MQA) by mean pooling, without any training")
-    convert_shown(source, mqa, 1)
-    result = run(str(source), [str(mha), str(mqa)], options, max_tokens=2048)
+    heading(f"3. {kv_heads} KV heads to 1 (MQA), without any training")
+    convert_shown(source, mean, 1, method="mean")
+    convert_shown(source, csvd, 1, method="csvd", calibration=calibration(work))
+    result = run(str(source), [str(mha), str(mean), str(csvd)], options, max_tokens=EVALUATED)
     sections.append(markdown(result, "Conversions"))
     shutil.rmtree(mha)
 
@@ -150,13 +157,23 @@ def run(
     return result
 
 
-def convert_shown(source: Path, target: Path, kv_heads: int) -> None:
-    with progress_bar(in_bytes=True) as update:
+def calibration(folder: Path) -> Calibration:
+    """The end of the text whose beginning is evaluated."""
+    text = TEXT.read_text(encoding="utf-8")
+    rest = folder / "calibration.txt"
+    rest.write_text(text[len(text) // 4 :], encoding="utf-8")
+    return Calibration(text=rest, tokens=8192, sequence_length=128)
+
+
+def convert_shown(source: Path, target: Path, kv_heads: int, **how: Any) -> None:
+    with progress_bar() as update:
         result = convert(
             source,
             target,
             num_key_value_heads=kv_heads,
-            progress=lambda done, total, name: update(target.name, done, total),
+            progress=lambda done, all, what: update(target.name, done, all, in_bytes=True),
+            layer_progress=lambda done, all, what: update(f"{target.name}, layers", done, all),
+            **how,
         )
     plan = result.plan
     print(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -204,8 +206,23 @@ def test_jsonl_and_bad_text(tmp_path: Path) -> None:
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="UTF-8"):
         read_text(binary, None)
-    with pytest.raises(ValueError, match="folder"):
-        read_text(tmp_path, None)
+
+
+def test_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(name: str, *, split: str, streaming: bool) -> list[dict[str, str]]:
+        asked.append((name, split, streaming))
+        return [{"text": "one"}, {"text": "two"}, {"other": "three"}]
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert read_text("some/set:test", at_most=5) == "one\n\n"
+    assert asked == [("some/set", "test", True)]
+    with pytest.raises(ValueError, match="no column text, only other"):
+        read_text("some/set", None)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match="pip install datasets"):
+        read_text("some/set", None)
 
 
 def test_text_needs_a_tokenizer_and_enough_words(tmp_path: Path) -> None:

@@ -34,9 +34,9 @@ class Calibration:
     """What to calibrate on.
 
     Args:
-        text: a text file, a ``.jsonl`` file with a ``text`` field in each line, or the name of a
-            dataset that the ``datasets`` package loads (``name`` or ``name:split``, with a
-            ``text`` column). None: see ``without_text``.
+        text: a text file, a ``.jsonl`` file with a ``text`` field in each line, or the name or
+            folder of a dataset that the ``datasets`` package loads (``name`` or ``name:split``,
+            with a ``text`` column). None: see ``without_text``.
         tokens: how many tokens; rounded down to whole sequences. Fewer if the text ends before.
         sequence_length: tokens per sequence.
         seed: of the choice of windows and of everything drawn later.
@@ -155,9 +155,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def read_text(source: str | Path, at_most: int | None) -> str:
     """All text of a file, a JSONL file or a dataset, documents joined by blank lines."""
     path = Path(source)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give a text file, a .jsonl file or a dataset's name")
-    if not path.exists():
+    if not path.is_file():
         return _join(_from_dataset(str(source)), at_most)
     if path.suffix == ".jsonl":
         return _join(_from_jsonl(path), at_most)
@@ -196,10 +194,15 @@ def _from_dataset(name: str) -> Iterator[str]:
         import datasets
     except ImportError:
         raise ValueError(
-            f"there is no file {name}; to load a dataset of that name: pip install datasets"
+            f"{name} is no text file; to load a dataset of that name: pip install datasets"
         ) from None
     repository, _, split = name.partition(":")
-    rows: Any = datasets.load_dataset(repository, split=split or "train", streaming=True)
+    try:
+        rows: Any = datasets.load_dataset(repository, split=split or "train", streaming=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} is neither a text file nor a dataset that can be loaded: {error}"
+        ) from None
     for row in rows:
         if "text" not in row:
             raise ValueError(f"dataset {name} has no column text, only {', '.join(row)}")
