@@ -185,6 +185,23 @@ def test_where_tokens_come_from(tmp_path: Path) -> None:
     assert tokens_of(encoder, tokens=96, sequence_length=16)[1] == RANDOM_TOKENS
 
 
+def test_a_share_that_the_model_writes(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "a", kv_heads=4, tokenizer=True)
+    text = tmp_path / "a.txt"
+    text.write_text("a" * 5000)
+    options = {"text": text, "tokens": 160, "sequence_length": 16}
+    ids, origin = tokens_of(folder, own_text=0.25, **options)
+    plain = [len(set(row)) == 1 for row in ids.tolist()]
+    assert plain == [True] * 8 + [False] * 2
+    assert origin == "text of a.txt, 25% model-generated text"
+    encoder = tiny_checkpoint(tmp_path / "encoder", family="bert", kv_heads=4)
+    byte_tokenizer().save_pretrained(encoder)
+    with pytest.raises(ValueError, match="writes no text"):
+        tokens_of(encoder, own_text=0.25, **options)
+    with pytest.raises(ValueError, match="share"):
+        Calibration(own_text=1.0)
+
+
 def test_windows_are_spread_over_the_text(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "a", kv_heads=4, tokenizer=True)
     text = tmp_path / "digits.txt"

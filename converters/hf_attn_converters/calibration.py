@@ -1,7 +1,8 @@
 """Calibration text: which tokens the source model is watched on.
 
-With text they come from windows spread over all of it. Without text the model writes its own, from
-its beginning-of-text token; a model that cannot (an encoder) sees random tokens.
+With text they come from windows spread over all of it, and for a share, if so wanted, from what the
+model writes itself: that keeps what it knows beside the text. Without text the model writes all;
+one that cannot write (an encoder) sees random tokens.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Calibration:
         text: a text file, a ``.jsonl`` file with a ``text`` field in each line, or the name or
             folder of a dataset that the ``datasets`` package loads (``name`` or ``name:split``,
             with a ``text`` column). None: see ``without_text``.
+        own_text: the share of the tokens, 0 to 1, that the model writes itself beside `text`.
         tokens: how many tokens; rounded down to whole sequences. Fewer if the text ends before.
         sequence_length: tokens per sequence.
         seed: of the choice of windows and of everything drawn later.
@@ -46,6 +48,7 @@ class Calibration:
     """
 
     text: str | Path | None = None
+    own_text: float = 0.0
     tokens: int = 49_152
     sequence_length: int = 512
     seed: int = 0
@@ -59,6 +62,8 @@ class Calibration:
                 f"calibration needs at least one sequence of 8 tokens or more; got "
                 f"{self.tokens} tokens in sequences of {self.sequence_length}"
             )
+        if not 0 <= self.own_text < 1:
+            raise ValueError(f"own_text is a share from 0 to below 1, got {self.own_text}")
         if self.without_text not in (SELF_GENERATED, RANDOM_TOKENS):
             raise ValueError(
                 f"without_text is {self.without_text!r}; "
@@ -88,17 +93,32 @@ def calibration_tokens(
     """Tokens for `model`, whose tokenizer lies in `folder`. Raises ValueError for unusable text."""
     rows, length = calibration.tokens // calibration.sequence_length, calibration.sequence_length
     tokenizer = _tokenizer(folder)
+    start = _first_token(model, tokenizer)
+    writes = model.can_generate() and start is not None
+
+    def written(rows: int) -> Tensor:
+        assert start is not None
+        return _generated(model, start, rows, length, calibration, progress)
+
     if calibration.text is not None:
         if tokenizer is None:
             raise ValueError(
                 f"{folder.name} holds no tokenizer, so text cannot be read; put its tokenizer "
                 "files there, or calibrate without text"
             )
-        ids = _from_text(calibration, tokenizer, rows, length)
-        return Tokens(ids, f"text of {_public_name(calibration.text)}")
-    start = _first_token(model, tokenizer)
-    if calibration.without_text == SELF_GENERATED and model.can_generate() and start is not None:
-        return Tokens(_generated(model, start, rows, length, calibration, progress), SELF_GENERATED)
+        own = round(rows * calibration.own_text)
+        ids = _from_text(calibration, tokenizer, rows - own, length)
+        origin = f"text of {_public_name(calibration.text)}"
+        if not own:
+            return Tokens(ids, origin)
+        if not writes:
+            raise ValueError(
+                f"own_text is {calibration.own_text}, but a {type(model).__name__} writes no text"
+            )
+        share = f"{calibration.own_text:.0%} {SELF_GENERATED}"
+        return Tokens(torch.cat([ids, written(own)]), f"{origin}, {share}")
+    if calibration.without_text == SELF_GENERATED and writes:
+        return Tokens(written(rows), SELF_GENERATED)
     generator = torch.Generator().manual_seed(calibration.seed)
     vocabulary: int = model.config.get_text_config().vocab_size
     return Tokens(torch.randint(vocabulary, (rows, length), generator=generator), RANDOM_TOKENS)

@@ -39,6 +39,10 @@ def convert_command(
     calibration_tokens: Annotated[
         int | None, typer.Option(min=1, help="Tokens to calibrate on.")
     ] = None,
+    own_text: Annotated[
+        float | None,
+        typer.Option(min=0, max=0.99, help="Share of the tokens that the model writes itself."),
+    ] = None,
     fit_steps: Annotated[
         int | None, typer.Option(min=1, help="Steps by which csvd+fit fits each layer.")
     ] = None,
@@ -82,6 +86,7 @@ def convert_command(
             calibration=calibration_of(
                 text=calibration_text,
                 tokens=calibration_tokens,
+                own_text=own_text,
                 seed=seed,
                 device=device,
                 fit_steps=fit_steps,
