@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     source = tiny_checkpoint(folder / "source", kv_heads=2, tokenizer=True)
     convert(source, folder / "mha", num_key_value_heads=4)
-    convert(source, folder / "mqa", num_key_value_heads=1)
+    convert(source, folder / "mqa", num_key_value_heads=1, method="mean")
     (folder / "text.txt").write_text(WORDS * 20)
     return folder
 
