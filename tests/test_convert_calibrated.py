@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family_cases import Case, each_case
+from family_cases import CASES, Case
 from tiny_checkpoints import byte_tokenizer, contents, logits_of, tiny_checkpoint
 from torch import Tensor
 
@@ -20,13 +20,13 @@ from hf_attn_converters.calibration import (
     SELF_GENERATED,
     Calibration,
     calibration_tokens,
-    read_text,
 )
 from hf_attn_converters.fit import FitSettings, Use, fit_layer, relative_error
 from hf_attn_converters.plan import plan_conversion
 from hf_attn_converters.source_model import Call, SourceModel
+from hf_attn_converters.text import read_text
 
-FIT = FitSettings(steps=24, attention_lr=1e-2, other_lr=1e-3)
+FIT = FitSettings(steps=24, step_tokens=64, attention_lr=1e-2, other_lr=1e-3)
 QUICK = Calibration(tokens=1024, sequence_length=32, fit=FIT, without_text=RANDOM_TOKENS)
 
 
@@ -41,19 +41,19 @@ def distance(source: Path, output: Path) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def can_merge(case: Case) -> bool:
-    return case.tiny not in ("falcon_mqa", "falcon_mqa_serial", "gpt_bigcode")  # one head already
+ONE_HEAD = ("falcon_mqa", "falcon_mqa_serial", "gpt_bigcode")  # nothing to merge
+each_mergeable = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.tiny not in ONE_HEAD], ids=lambda case: case.tiny
+)
 
 
-@each_case
+@each_mergeable
 def test_layers_in_turn_are_the_model(case: Case, tmp_path: Path) -> None:
     """Running the layers one after the other on recorded calls gives what the model itself does."""
-    if not can_merge(case):
-        pytest.skip("has one KV head")
     folder = high_checkpoint(case, tmp_path)
     work = plan_conversion(folder, tmp_path / "b", num_key_value_heads=1, method="csvd")
     source = SourceModel(work)
-    ids = torch.randint(2, 300, (4, 16), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(2, 300, (128, 16), generator=torch.Generator().manual_seed(0))
     calls = source.calls(ids)
     if any(len(uses) > 1 for uses in calls):  # ALBERT: one layer, used again and again
         inputs = source.all_inputs(ids, 0)
@@ -70,13 +70,11 @@ def test_layers_in_turn_are_the_model(case: Case, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def through(source: SourceModel, layer: int, hidden: Tensor, call: Call) -> Tensor:
-    return torch.cat([call.run(source.float_layer(layer), x) for x in hidden.split(2)])
+    return torch.cat([call.run(source.float_layer(layer), x) for x in hidden.split(call.rows)])
 
 
-@each_case
+@each_mergeable
 def test_fitting_beats_mean(case: Case, tmp_path: Path) -> None:
-    if not can_merge(case):
-        pytest.skip("has one KV head")
     source = high_checkpoint(case, tmp_path)
     found = {}
     for method, calibration in (("mean", None), ("csvd+fit", QUICK)):
@@ -91,7 +89,7 @@ def test_order_of_the_methods(tmp_path: Path) -> None:
     found = {}
     enough = Calibration(
         tokens=8192, sequence_length=32, without_text=RANDOM_TOKENS,
-        fit=FitSettings(steps=128, attention_lr=5e-3, other_lr=1e-3),
+        fit=FitSettings(steps=128, step_tokens=64, attention_lr=5e-3, other_lr=1e-3),
     )  # fmt: skip
     for method in ("first", "mean", "procrustes", "csvd", "csvd+fit"):
         calibration = enough if method not in ("first", "mean") else None
@@ -110,7 +108,7 @@ def test_without_other_lr_only_attention_changes(tmp_path: Path) -> None:
     before = load_file(source / "model.safetensors")
     changed = {}
     for name, other in (("attention", 0.0), ("block", 1e-3)):
-        fit = FitSettings(steps=8, other_lr=other)
+        fit = FitSettings(steps=8, step_tokens=64, other_lr=other)
         calibration = Calibration(
             tokens=512, sequence_length=32, fit=fit, without_text=RANDOM_TOKENS
         )
@@ -162,7 +160,7 @@ def test_the_record_says_what_it_was_calibrated_on(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "b" / "conversion.json").read_text())["calibration"]
     assert record["origin"] == "text of words.txt"
     assert (record["tokens"], record["sequence_length"], record["seed"]) == (512, 32, 5)
-    assert record["fit"] == {"steps": 24, "attention_lr": 1e-2, "other_lr": 1e-3}
+    assert record["fit"] == {"steps": 24, "step_tokens": 64, "attention_lr": 1e-2, "other_lr": 1e-3}
     assert len(record["errors"]) == 2 and all(0 < e < 1 for e in record["errors"])
     assert str(tmp_path) not in json.dumps(record)
 
@@ -236,7 +234,7 @@ def test_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert read_text("some/set:test", at_most=5) == "one\n\n"
     assert asked == [("some/set", "test", True)]
     with pytest.raises(ValueError, match="no column text, only other"):
-        read_text("some/set", None)
+        read_text("some/set")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         read_text("some/set", None)
@@ -264,7 +262,7 @@ def test_fit_learns_and_its_control_does_not() -> None:
     for name, goal in (("right", targets), ("shuffled", targets[torch.randperm(32)])):
         torch.manual_seed(1)
         student = torch.nn.Linear(8, 8)
-        use = Use(x, goal, Call((), {}))
+        use = Use(x, goal, Call((), {}, 2))
         settings = FitSettings(steps=300, attention_lr=3e-2, other_lr=0.0)
         fit_layer(student, list(student.parameters()), [], [use], settings, seed=0)
         errors[name] = float(relative_error(student(x), goal))

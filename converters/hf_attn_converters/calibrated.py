@@ -19,7 +19,7 @@ from .calibration import Calibration, Progress, Tokens, calibration_tokens
 from .fit import Use, fit_layer
 from .layer import change_heads, layer_facts, read_layer, store_layer
 from .plan import Work
-from .source_model import ROWS, Call, SourceModel
+from .source_model import Call, SourceModel, rows_at_once
 from .target_layer import TargetLayers
 
 # Added to the covariance's diagonal, as a share of its mean: for what the text never showed.
@@ -41,7 +41,7 @@ def calibrate_layers(
     say = progress or (lambda done, total, what: None)
     folder.mkdir(exist_ok=True)
     settings = calibration or Calibration()
-    source = SourceModel(work, settings.device or best_device())
+    source = SourceModel(work, settings.device or best_device(), settings.fit.step_tokens)
     settings = settings.at_most(source.positions)
     tokens = _tokens(work, folder, settings, source, say)
     errors = _Conversion(work, folder, source, tokens.ids, settings).run(say)
@@ -65,13 +65,8 @@ def _tokens(
         tensors, about = _load(path)
         return Tokens(tensors["ids"], about["origin"])
     found = calibration_tokens(settings, work.source.folder, source.model, progress)
-    rows = len(found.ids) // ROWS * ROWS
-    if not rows:
-        raise ValueError(
-            f"calibration needs {ROWS} sequences of {found.ids.shape[1]} tokens or more; "
-            "give more text, or a smaller sequence_length"
-        )
-    found = replace(found, ids=found.ids[:rows].contiguous())
+    together = rows_at_once(found.ids, settings.fit.step_tokens)
+    found = replace(found, ids=found.ids[: len(found.ids) // together * together].contiguous())
     _save(path, {"ids": found.ids}, {"origin": found.origin})
     return found
 
@@ -146,7 +141,7 @@ class _Conversion:
     @torch.no_grad()
     def _run(self, layer: nn.Module, inputs: Tensor, call: Call) -> Tensor:
         """[N, S, E] through a layer, a batch at a time; hidden states wait in main memory."""
-        batches = (batch.to(self.source.device) for batch in inputs.split(ROWS))
+        batches = (batch.to(self.source.device) for batch in inputs.split(call.rows))
         return torch.cat([call.run(layer, batch).cpu() for batch in batches])
 
     def _merge(self, layer: int, covariance: Tensor) -> dict[str, Tensor]:
@@ -188,6 +183,8 @@ def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
 
     fresh = path.with_suffix(".new")
     save_file(dict(tensors), fresh, metadata=dict(about))
+    with fresh.open("rb") as file:  # a resumed run trusts what has the final name
+        os.fsync(file.fileno())
     os.replace(fresh, path)
 
 

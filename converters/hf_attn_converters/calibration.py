@@ -7,9 +7,8 @@ one that cannot write (an encoder) sees random tokens.
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .checkpoint import has_tokenizer
 from .fit import FitSettings
+from .text import public_name, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ Progress = Callable[[int, int, str], None]
 SELF_GENERATED, RANDOM_TOKENS = "model-generated text", "random tokens"
 GENERATED_AT_ONCE = 32  # sequences that the model writes side by side
 CHARACTERS_PER_TOKEN = 8  # read per token wanted: more than any tokenizer needs for prose
+STREAMED = 16  # times that, of a dataset: it may have no end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,8 @@ class Calibration:
     """What to calibrate on.
 
     Args:
-        text: a text file, a ``.jsonl`` file with a ``text`` field in each line, or the name or
-            folder of a dataset that the ``datasets`` package loads (``name`` or ``name:split``,
-            with a ``text`` column). None: see ``without_text``.
+        text: a file or a dataset, see :func:`.text.read_text`; of a dataset the windows come from
+            its beginning (some hundred characters for each token). None: see ``without_text``.
         own_text: the share of the tokens, 0 to 1, that the model writes itself beside `text`.
         tokens: how many tokens; rounded down to whole sequences. Fewer if the text ends before.
         sequence_length: tokens per sequence.
@@ -108,7 +109,7 @@ def calibration_tokens(
             )
         own = round(rows * calibration.own_text)
         ids = _from_text(calibration, tokenizer, rows - own, length)
-        origin = f"text of {_public_name(calibration.text)}"
+        origin = f"text of {public_name(calibration.text)}"
         if not own:
             return Tokens(ids, origin)
         if not writes:
@@ -127,15 +128,10 @@ def calibration_tokens(
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     from transformers import AutoTokenizer
 
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "tokenizer.model")
-    if not any((folder / name).exists() for name in names):
+    if not has_tokenizer(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     return tokenizer
-
-
-def _public_name(text: str | Path) -> str:
-    return Path(text).name if Path(text).exists() else str(text)
 
 
 def _from_text(
@@ -143,15 +139,16 @@ def _from_text(
 ) -> Tensor:
     """Windows spread evenly over the text, each starting at a place of its own draw."""
     assert calibration.text is not None
-    text = read_text(calibration.text, at_most=None)
     draw = random.Random(calibration.seed)
     span = length * CHARACTERS_PER_TOKEN
+    is_file = Path(calibration.text).is_file()
+    text = read_text(calibration.text, None if is_file else STREAMED * rows * span)
     if len(text) <= rows * span:  # short: all of it, once
         ids = _encode(tokenizer, text)[: rows * length]
         usable = len(ids) // length * length
         if not usable:
             raise ValueError(
-                f"{_public_name(calibration.text)} holds {len(ids)} tokens, one sequence takes "
+                f"{public_name(calibration.text)} holds {len(ids)} tokens, one sequence takes "
                 f"{length}; give more text or a smaller sequence_length"
             )
         return torch.tensor(ids[:usable]).view(-1, length)
@@ -163,70 +160,13 @@ def _from_text(
         if len(ids) == length:
             windows.append(ids)
     if not windows:
-        raise ValueError(f"{_public_name(calibration.text)} gives too few tokens: is it text?")
+        raise ValueError(f"{public_name(calibration.text)} gives too few tokens: is it text?")
     return torch.tensor(windows)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
-
-
-def read_text(source: str | Path, at_most: int | None) -> str:
-    """All text of a file, a JSONL file or a dataset, documents joined by blank lines."""
-    path = Path(source)
-    if not path.is_file():
-        return _join(_from_dataset(str(source)), at_most)
-    if path.suffix == ".jsonl":
-        return _join(_from_jsonl(path), at_most)
-    try:
-        return path.read_text(encoding="utf-8")[:at_most]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-
-
-def _join(documents: Iterator[str], at_most: int | None) -> str:
-    parts, size = [], 0
-    for document in documents:
-        parts.append(document)
-        size += len(document)
-        if at_most is not None and size >= at_most:
-            break
-    return "\n\n".join(parts)[:at_most]
-
-
-def _from_jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)["text"] if line.strip() else ""
-            except (ValueError, TypeError, KeyError):
-                raise ValueError(
-                    f'{path} line {number}: not an object with a field "text"'
-                ) from None
-            if not isinstance(text, str):
-                raise ValueError(f'{path} line {number}: the field "text" is no string')
-            yield text
-
-
-def _from_dataset(name: str) -> Iterator[str]:
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(
-            f"{name} is no text file; to load a dataset of that name: pip install datasets"
-        ) from None
-    repository, _, split = name.partition(":")
-    try:
-        rows: Any = datasets.load_dataset(repository, split=split or "train", streaming=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{name} is neither a text file nor a dataset that can be loaded: {error}"
-        ) from None
-    for row in rows:
-        if "text" not in row:
-            raise ValueError(f"dataset {name} has no column text, only {', '.join(row)}")
-        yield row["text"]
 
 
 def _first_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int | None:

@@ -23,7 +23,20 @@ _WEIGHT_SUFFIXES = frozenset(
     (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".ggml", ".h5", ".msgpack", ".onnx")
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Any of these and AutoTokenizer finds the rest itself.
+_TOKENIZERS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.txt",
+)
 _FOLDERS = ("additional_chat_templates",)  # the one folder that belongs to a tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether text can be read with what lies in a checkpoint's folder."""
+    return any((folder / name).is_file() for name in _TOKENIZERS)
 
 
 class Shard(Protocol):

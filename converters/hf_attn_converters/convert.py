@@ -19,7 +19,8 @@ from .plan import EXACT, ConversionPlan, Work, plan_conversion
 from .safetensors_file import Stamp
 from .sources import dequantize as write_dequantized
 from .sources import described, is_gguf
-from .verify import Text, Verification, read_text, verify_output
+from .text import public_name, read_file
+from .verify import Text, Verification, verify_output
 from .writer import Progress, computed_layers, stored_layers, write_about, write_weights
 
 if TYPE_CHECKING:
@@ -118,7 +119,9 @@ def convert(
         if calibrated:
             changed = sum(work.info_after(i).nbytes for i in work.source if i.name in work.changed)
             work = _renamed(work, source, extra_bytes=changed)
-        text = None if verify_text is None else read_text(Path(verify_text))
+        text = None
+        if verify_text is not None:
+            text = Text(read_file(Path(verify_text)), public_name(verify_text))
         if dry_run:
             return ConvertResult(work.plan, True, time.perf_counter() - start)
         head = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .source_model import ROWS, Call
+from .source_model import Call
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +23,22 @@ class FitSettings:
     """How a layer is fitted.
 
     Args:
-        steps: of AdamW, each on two sequences; they go through the tokens in ever new orders.
+        steps: of AdamW; they go through the tokens in ever new orders.
+        step_tokens: for each step, in two sequences at least.
         attention_lr: of the attention's weights; warmed up, then linear to 0.
         other_lr: of the layer's other weights. 0 leaves them as they are.
     """
 
     steps: int = 96
+    step_tokens: int = 1024
     attention_lr: float = 2e-3
     other_lr: float = 3e-4
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.attention_lr <= 0 or self.other_lr < 0:
+        if min(self.steps, self.step_tokens) < 1 or self.attention_lr <= 0 or self.other_lr < 0:
             raise ValueError(
-                f"steps and attention_lr must be positive, other_lr not negative: {self}"
+                "steps, step_tokens and attention_lr must be positive, other_lr not negative: "
+                f"{self}"
             )
 
 
@@ -97,19 +100,21 @@ def relative_error(found: Tensor, targets: Tensor) -> Tensor:
 
 def _added(uses: Sequence[Use]) -> Tensor:
     """How much a layer changes its inputs: the error of leaving it out."""
-    parts = [relative_error(use.inputs[:ROWS], use.targets[:ROWS]) for use in uses]
+    parts = [
+        relative_error(use.inputs[: use.call.rows], use.targets[: use.call.rows]) for use in uses
+    ]
     return torch.stack(parts).mean().clamp_min(1e-12)
 
 
 def _batches(uses: Sequence[Use], steps: int, seed: int) -> list[tuple[Use, Tensor]]:
-    """For each step a use and ROWS of its sequences; every sequence comes once before any again."""
+    """For each step a use and a batch of its sequences; each comes once before any again."""
     generator = torch.Generator().manual_seed(seed)
-    count = len(uses[0].inputs)
+    count, together = len(uses[0].inputs), uses[0].call.rows
     found: list[tuple[Use, Tensor]] = []
     while len(found) < steps:
-        orders = [torch.randperm(count, generator=generator).split(ROWS) for _ in uses]
+        orders = [torch.randperm(count, generator=generator).split(together) for _ in uses]
         for rows in zip(*orders, strict=True):
-            found += [(use, r) for use, r in zip(uses, rows, strict=True) if len(r) == ROWS]
+            found += [(use, r) for use, r in zip(uses, rows, strict=True) if len(r) == together]
     return found[:steps]
 
 

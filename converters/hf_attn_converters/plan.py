@@ -112,6 +112,16 @@ class Work:
         """Files of the source that the output must not copy: code of the form it leaves."""
         return frozenset(self.family.code) | frozenset(self.target.code)
 
+    @property
+    def is_our_code(self) -> bool:
+        """Whether the code that came with the source is, letter by letter, what this package
+        writes; no other is run."""
+        folder = self.source.folder
+        return bool(self.family.code) and all(
+            (folder / file).is_file() and (folder / file).read_text("utf-8") == source_of(file)
+            for file in self.family.code
+        )
+
     @cached_property
     def _by_layer(self) -> dict[int, dict[str, Place]]:
         layers: dict[int, dict[str, Place]] = {}

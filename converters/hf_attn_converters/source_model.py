@@ -9,16 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .plan import Work
-from .verify import _is_our_code as is_our_code
 
-ROWS = 2  # sequences that go through a layer together
+
+def rows_at_once(ids: Tensor, tokens: int) -> int:
+    """How many of the sequences ``[N, S]`` make up `tokens` tokens: two at least, if there are."""
+    return min(len(ids), max(2, tokens // ids.shape[1]))
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,10 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    rows: int  # of the batch that it was recorded with
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        """One batch of exactly the size that was recorded: [ROWS, S, E] -> the same. All is on
+        """One batch of exactly the size that was recorded: [rows, S, E] -> the same. All is on
         one device."""
         out = layer(hidden, *self.args, **self.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -43,18 +46,19 @@ class _Stop(Exception):
 class SourceModel:
     """The source's model, its layers and how they are called.
 
-    Raises ValueError where transformers cannot build it or where its layers are not found.
+    `tokens_at_once` go through a layer together. Raises ValueError where transformers cannot build
+    it or where its layers are not found.
     """
 
-    def __init__(self, work: Work, device: str = "cpu") -> None:
+    def __init__(self, work: Work, device: str = "cpu", tokens_at_once: int = 1024) -> None:
         import transformers
 
-        self.work, self.device = work, device
+        self.work, self.device, self.tokens_at_once = work, device, tokens_at_once
         family, folder = work.family, work.source.folder
         self.model = getattr(transformers, family.auto_class).from_pretrained(
             folder,
             dtype="auto",
-            trust_remote_code=is_our_code(work),
+            trust_remote_code=work.is_our_code,
         )
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers_path)
@@ -73,12 +77,15 @@ class SourceModel:
 
     @torch.no_grad()
     def calls(self, ids: Tensor) -> list[list[Call]]:
-        """How each layer is called, use by use, for batches like ``ids[:ROWS]``."""
+        """How each layer is called, use by use, for batches of `rows_at_once` sequences."""
         found: list[list[Call]] = [[] for _ in self.layers]
         with self._watching(lambda layer, hidden, call: found[layer].append(call)):
-            self._forward(ids[:ROWS])
+            self._forward(ids[: rows_at_once(ids, self.tokens_at_once)])
         return [
-            [Call(_moved(c.args, self.device), _moved(c.kwargs, self.device)) for c in uses]
+            [
+                replace(c, args=_moved(c.args, self.device), kwargs=_moved(c.kwargs, self.device))
+                for c in uses
+            ]
             for uses in found
         ]
 
@@ -92,7 +99,7 @@ class SourceModel:
             raise _Stop
 
         with self._watching(take):
-            for batch in ids.split(ROWS):
+            for batch in ids.split(rows_at_once(ids, self.tokens_at_once)):
                 self._forward(batch)
         return torch.cat(found)
 
@@ -106,7 +113,7 @@ class SourceModel:
                 rounds[-1].append(hidden.float())
 
         with self._watching(take):
-            for batch in ids.split(ROWS):
+            for batch in ids.split(rows_at_once(ids, self.tokens_at_once)):
                 rounds.append([])
                 self._forward(batch)
         return [torch.cat(use) for use in zip(*rounds, strict=True)]
@@ -129,7 +136,8 @@ class SourceModel:
             ) -> None:
                 rest = dict(kwargs)
                 hidden, others = (args[0], args[1:]) if args else (rest.pop("hidden_states"), ())
-                take(number, hidden, Call(_moved(others, "cpu"), _moved(rest, "cpu")))
+                call = Call(_moved(others, "cpu"), _moved(rest, "cpu"), len(hidden))
+                take(number, hidden, call)
 
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
         try:

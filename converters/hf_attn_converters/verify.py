@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint import Checkpoint, has_tokenizer, open_checkpoint
 from .layer import convert_layer
-from .models import source_of
 from .plan import EXACT, Work, plan_conversion
 
 EXACT_KL = 1e-6  # above this, a conversion that should lose nothing lost something
@@ -33,10 +32,6 @@ been here, and she told me all about it." Mr. Bennet made no answer. "Do not you
 has taken it?" cried his wife, impatiently. "You want to tell me, and I have no objection to \
 hearing it." This was invitation enough.
 """
-
-_TOKENIZERS = frozenset(
-    ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.txt")
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +58,6 @@ class Text:
     name: str
 
 
-def read_text(path: Path) -> Text:
-    """A text to verify on. Raises ValueError when there is none."""
-    try:
-        words = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    if not words.strip():
-        raise ValueError(f"{path} is empty: no text to verify on")
-    return Text(words, path.name)
-
-
 def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verification:
     """Load the output in `folder`, compare it with its source, and say what was found.
 
@@ -85,7 +69,7 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
     from transformers import AutoConfig
 
     output = open_checkpoint(folder)
-    ours_trusted, theirs_trusted = bool(work.extra_files), _is_our_code(work)
+    ours_trusted, theirs_trusted = bool(work.extra_files), work.is_our_code
     if importlib.util.find_spec("accelerate") is not None:  # on the meta device: no weights yet
         known = _load(work.source, trusted=theirs_trusted, device_map="meta")[1]
         _check_faults(_load(output, trusted=ours_trusted, device_map="meta")[1], known)
@@ -154,7 +138,7 @@ def _round_trip(work: Work, folder: Path) -> str:
 def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
     """Token ids [1, T], and what they are: a text, or for lack of a tokenizer random numbers."""
     limit = min(TOKENS, int(vars(config).get("max_position_embeddings") or TOKENS))
-    if not {file.name for file in work.source.side_files()} & _TOKENIZERS:
+    if not has_tokenizer(work.source.folder):
         generator = torch.Generator().manual_seed(0)
         size = int(config.vocab_size)
         return torch.randint(size, (1, limit), generator=generator), "random tokens"
@@ -164,15 +148,6 @@ def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
     tokenizer = AutoTokenizer.from_pretrained(work.source.folder)
     found = tokenizer(text.words, return_tensors="pt", truncation=True, max_length=limit)
     return found["input_ids"].long(), text.name
-
-
-def _is_our_code(work: Work) -> bool:
-    """Whether the code that came with the source is, letter by letter, what this package writes."""
-    folder = work.source.folder
-    return bool(work.family.code) and all(
-        (folder / file).is_file() and (folder / file).read_text("utf-8") == source_of(file)
-        for file in work.family.code
-    )
 
 
 @torch.inference_mode()

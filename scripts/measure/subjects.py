@@ -94,8 +94,7 @@ SUBJECTS: Mapping[str, Subject] = {
         score=embedding_scores,
         size=500,
         sequence_length=64,
-        # 128 tokens a step: more steps, smaller ones
-        fit=FitSettings(steps=768, attention_lr=5e-4, other_lr=1e-4),
+        fit=FitSettings(steps=768, step_tokens=128, attention_lr=5e-4, other_lr=1e-4),
     ),
     "rxnmapper": Subject(
         checkpoint=ROOT / ".cache" / "rxnmapper",
