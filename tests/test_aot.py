@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("forward", "dq", "dkdv", "delta", "bias_grad", "decode", "reduce")
+KERNELS = ("forward", "dq", "dkdv", "delta", "bias_grad", "decode", "reduce", "append")
 
 
 def report(*args: str, code: int = 0) -> list[dict[str, str]]:
@@ -44,7 +44,13 @@ def test_sm_90_fits_and_does_not_spill(kernel: str) -> None:
         assert row["spilled"] == "0", row
 
 
-SAMPLE = "bf16-D128-causal", "bf16-D256-causal", "bf16-D128-Q1-page16", "bf16-D128-Q256-page16"
+SAMPLE = (
+    "bf16-D128-causal",
+    "bf16-D256-causal",
+    "bf16-D128-Q1-page16",
+    "bf16-D128-Q256-page16",
+    "append bf16",
+)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_attn_patch.bench import gpu, rows
+from hf_attn_patch.bench import decode, gpu, rows
 from hf_attn_patch.bench.contenders import CONTENDERS, Shape, eager, ours, sdpa, sdpa_packed
 
 CPU = torch.device("cpu")
@@ -46,6 +46,40 @@ def test_packed_decode_agrees_and_refuses_what_it_cannot_do():
         assert gpu.forward_budget(attention(q, k, v, shape), q, k, v, shape).kept
     with pytest.raises(ValueError, match="one query"):
         sdpa_packed(*SMALL.inputs(CPU), SMALL)
+
+
+def test_decode_over_pages_agrees_with_the_oracle():
+    shape = replace(SMALL, pass_="decode", seq_q=1, seq_k=512)
+    q, k, v = shape.inputs(CPU)
+    for attention in decode.PAGED.values():
+        assert gpu.forward_budget(attention(q, k, v, shape), q, k, v, shape).kept
+    late = attention(q, k[:, :256].repeat(1, 2, 1, 1), v, shape)  # the first half's keys twice
+    assert not gpu.forward_budget(late, q, k, v, shape).kept
+    with pytest.raises(ValueError, match="full pages"):
+        attention(q, k[:, :500], v[:, :500], replace(shape, seq_k=500))
+
+
+def test_decode_shapes_that_do_not_fit_are_named(tmp_path, monkeypatch):
+    shapes = list(decode.shapes())
+    assert {(s.batch, s.seq_k, s.heads_q // s.heads_kv) for s in shapes} >= {
+        (b, n, g) for b in (1, 8, 64, 256) for n in (1024, 8192, 65536) for g in (1, 4, 8)
+    }
+    large = [s for s in shapes if decode.too_large(s)]
+    assert [(s.batch, s.heads_kv, s.seq_k) for s in large] == [(256, 32, 65536)]
+    monkeypatch.setattr(gpu, "SLICES", {"decode": tuple(large)})
+    monkeypatch.setattr(gpu, "ceilings", lambda env, device: [])
+    report = gpu.run(["decode"], out=tmp_path / "gpu.csv", device=CPU)
+    assert not report.rows and "256 GiB, the limit is 120 GiB" in report.left_out[0]
+
+
+def test_decode_rates_are_said_in_percent_of_the_copy_rate(tmp_path, monkeypatch):
+    shape, said = replace(SMALL, pass_="decode", seq_q=1, seq_k=256), []
+    monkeypatch.setattr(gpu, "SLICES", {"decode": (shape,)})
+    small = gpu.ceilings
+    monkeypatch.setattr(gpu, "ceilings", lambda env, device: small(env, device, scale=256))
+    monkeypatch.setattr(gpu, "CONTENDERS", {"decode": {rows.OURS: ours}})
+    gpu.run(["decode"], out=tmp_path / "gpu.csv", device=CPU, say=said.append)
+    assert "% of the copy rate" in said[-1] and not any("%" in line for line in said[:-1])
 
 
 @pytest.mark.parametrize("pass_", ["forward", "backward"])

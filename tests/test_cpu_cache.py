@@ -219,9 +219,13 @@ def test_through_the_public_door(page: int) -> None:
 
 def test_pages_in_order_are_not_copied() -> None:
     cache = torch.randn(6, 16, 2, 8)
-    inside = PagedKeys(cache, [2, 3, 4, -1]).read(5, 40)
+
+    def table(*pages: int) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int32)
+
+    inside = PagedKeys(cache, table(2, 3, 4, -1)).read(5, 40)
     assert inside.data_ptr() == cache[2, 5].data_ptr() and inside.shape == (1, 35, 2, 8)
-    apart = PagedKeys(cache, [2, 4, 3, -1])
+    apart = PagedKeys(cache, table(2, 4, 3, -1))
     assert torch.equal(apart.read(5, 40)[0, 11:27], cache[4])
     assert torch.equal(apart.starting_at(5).read(0, 35), apart.read(5, 40))
 

@@ -6,7 +6,7 @@ pages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -253,16 +253,26 @@ def op_arguments() -> tuple[object, ...]:
     case = Case(name="op", lengths=(33, 20), tokens=2)
     x = make_inputs(case)
     k, v, table = paged_cache(replace(case, page_size=16), x.k, x.v)
-    numbers = (0.2, -1, 0, 0.0, 0, 2)
-    return (x.q, k, v, ints(case.lengths), table, None, None, None, None, None, *numbers)
+    absent = (None,) * 7
+    numbers = (0, 0, 0, 0.2, -1, 0, 0.0, 0, 2)
+    return (x.q, k, v, ints(case.lengths), None, table, *absent, *numbers)
 
 
-def test_opcheck() -> None:
-    import hf_attn_kernels.triton.decode  # noqa: F401  (defines the operator)
+def append_arguments() -> tuple[object, ...]:
+    q, k, v, lengths, _, table, *_ = op_arguments()
+    assert isinstance(k, Tensor) and isinstance(v, Tensor)
+    new = torch.ones(2, 2, *k.shape[2:], device=DEVICE)
+    angle = torch.rand(200, 8, device=DEVICE)
+    return (q, new, new, k, v, lengths, table, None, None, None, angle, angle, True, True)
+
+
+@pytest.mark.parametrize(("name", "make"), [("decode", op_arguments), ("append", append_arguments)])
+def test_opcheck(name: str, make: Callable[[], tuple[object, ...]]) -> None:
+    import hf_attn_kernels.triton.decode  # noqa: F401  (defines the operators)
 
     torch.library.opcheck(
-        torch.ops.hf_attn.decode.default,
-        op_arguments(),
+        getattr(torch.ops.hf_attn, name).default,
+        make(),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 
@@ -291,10 +301,10 @@ def test_every_chip_has_a_tile_for_every_shape() -> None:
     from hf_attn_kernels.triton.decode_config import TABLES, config_for
 
     for chip in TABLES:
-        for itemsize in (2, 4):
+        for itemsize, stored in ((2, 2), (4, 4), (2, 1), (4, 1)):
             for dim in (1, 16, 72, 128, 192, 256, 300, 512):
                 for rows in (1, 16, 17, 100, 10_000):
-                    config = config_for(chip, itemsize, dim, rows)
+                    config = config_for(chip, itemsize, dim, rows, stored)
                     assert config.block_m >= 16 and config.block_n >= 16
 
 

@@ -159,7 +159,7 @@ def test_the_door_of_packed_calls(offsets: Tensor, message: str) -> None:
     good = torch.tensor([0, 20], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         flash_attn_varlen_func(q, k, v, offsets, good, 20, 20)
-    with pytest.raises(ValueError, match="flash_attn_with_kvcache"):
+    with pytest.raises(ValueError, match=r"k must be \[pages, page_size"):
         flash_attn_varlen_func(q, k, v, good, good, 20, 20, block_table=good[None])
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_attn_kernels import flash_attn_with_kvcache, use_backend
-from hf_attn_kernels.kvcache import cache_problem, rotate
+from hf_attn_kernels.append import appended, rotate
+from hf_attn_kernels.kvcache import cache_problem
 from hf_attn_kernels.problem import CacheProblem, Pattern
 from hf_attn_kernels.reference import attention_reference
 
@@ -50,6 +51,11 @@ def paged(**changes: Any) -> dict[str, Any]:
     return call | changes
 
 
+def after(**call: Any) -> CacheProblem:
+    """The problem after its new keys are written."""
+    return appended(cache_problem(**call))
+
+
 # -- append ---------------------------------------------------------------------------------------
 
 
@@ -61,7 +67,7 @@ def written(cache: Tensor) -> Tensor:
 @pytest.mark.parametrize("as_int", [True, False], ids=["int", "tensor"])
 def test_append_contiguous(as_int: bool) -> None:
     call = arguments(cache_seqlens=5 if as_int else lengths(5, 5))
-    problem = cache_problem(**call)
+    problem = after(**call)
     for new, cache in ((call["k"], problem.k_cache), (call["v"], problem.v_cache)):
         assert torch.equal(cache[:, 5:7], new)
         assert int(written(cache).sum()) == 4
@@ -75,7 +81,7 @@ def test_append_rows_by_index_leaves_the_lengths_alone() -> None:
         k_cache=torch.full((4, 40, HKV, D), NAN), v_cache=torch.full((4, 40, HKV, D), NAN),
         cache_batch_idx=lengths(2, 0), cache_seqlens=given,
     )  # fmt: skip
-    problem = cache_problem(**call)
+    problem = after(**call)
     assert torch.equal(problem.k_cache[2, 3:5], call["k"][0])
     assert torch.equal(problem.v_cache[0, 7:9], call["v"][1])
     assert int(written(problem.k_cache).sum()) == 4
@@ -84,7 +90,7 @@ def test_append_rows_by_index_leaves_the_lengths_alone() -> None:
 
 def test_append_across_a_page_border() -> None:
     call = paged()
-    problem = cache_problem(**call)
+    problem = after(**call)
     assert torch.equal(problem.k_cache[4, 15], call["k"][0, 0])
     assert torch.equal(problem.k_cache[1, 0], call["k"][0, 1])
     assert torch.equal(problem.v_cache[5, :2], call["v"][1])
@@ -94,7 +100,7 @@ def test_append_across_a_page_border() -> None:
 def test_append_into_a_strided_cache() -> None:
     both = torch.full((B, 40, 2, HKV, D), NAN)
     call = arguments(k_cache=both[:, :, 0], v_cache=both[:, :, 1])
-    cache_problem(**call)
+    after(**call)
     assert torch.equal(both[0, 3:5, 0], call["k"][0]) and torch.equal(both[1, 7:9, 1], call["v"][1])
 
 
@@ -102,15 +108,15 @@ def test_nothing_reads_values_off_the_cpu() -> None:
     """On a device without values nothing may wait for one."""
     for call in (arguments(), paged()):
         off = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in call.items()}
-        problem = cache_problem(**off, rotary_cos=torch.empty(64, 4, device="meta"),
+        problem = after(**off, rotary_cos=torch.empty(64, 4, device="meta"),
                                 rotary_sin=torch.empty(64, 4, device="meta"))  # fmt: skip
         assert problem.seqlens_k.shape == (B,)
 
 
 def test_without_new_keys_the_cache_is_full_by_default() -> None:
-    problem = cache_problem(**arguments(k=None, v=None, cache_seqlens=None))
+    problem = after(**arguments(k=None, v=None, cache_seqlens=None))
     assert problem.seqlens_k.tolist() == [40, 40]
-    problem = cache_problem(**paged(k=None, v=None, cache_seqlens=None))
+    problem = after(**paged(k=None, v=None, cache_seqlens=None))
     assert problem.seqlens_k.tolist() == [48, 48]
 
 
@@ -138,7 +144,7 @@ def rotated(x: Tensor, position: int, columns: int, interleaved: bool) -> Tensor
 def test_rotary_turns_new_keys_and_queries(interleaved: bool, columns: int) -> None:
     cos, sin = rotary_tables(columns)
     call = arguments(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=interleaved)
-    problem = cache_problem(**call)
+    problem = after(**call)
     for b, start in enumerate((3, 7)):
         for i in range(2):
             want_k = rotated(call["k"][b, i], start + i, columns, interleaved)
@@ -157,7 +163,7 @@ def test_rotary_of_queries_follows_the_mask(pattern: Pattern, positions: tuple[i
     """FlashAttention-2: without an order among the new tokens, all queries sit at the first."""
     cos, sin = rotary_tables(8)
     call = arguments(rotary_cos=cos, rotary_sin=sin, pattern=pattern)
-    problem = cache_problem(**call)
+    problem = after(**call)
     for i, position in enumerate(positions):
         want = rotated(call["q"][1, i], position, 8, True)
         torch.testing.assert_close(problem.q[1, i], want)
@@ -259,7 +265,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "lengths-shape": (arguments(cache_seqlens=lengths(3)), r"shape \[2\], got torch.int32 \[1\]"),
     "lengths-float": (arguments(cache_seqlens=3.5), "cache_seqlens must be 0 to 40.*got 3.5"),
     "lengths-int-high": (arguments(cache_seqlens=41), "cache_seqlens must be 0 to 40.*got 41"),
-    "no-room": (arguments(cache_seqlens=lengths(3, 39)), r"0 to 38 \(40 keys fit.*got 3 to 39"),
+    "no-room": (arguments(cache_seqlens=lengths(3, 39)), "room for 40 keys.*0 to 38 .*got 3 to"),
     "negative": (arguments(cache_seqlens=lengths(-1, 7)), "got -1 to 7"),
     "index-high": (arguments(cache_batch_idx=lengths(0, 2)), r"cache_batch_idx must be 0 to 1"),
     "index-dtype": (arguments(cache_batch_idx=lengths(0, 1).long()), "batch_idx must be an int32"),
@@ -269,7 +275,7 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "table-and-index": (paged(cache_batch_idx=lengths(0, 1)), "reorder the rows of the block"),
     "table-page-high": (
         paged(block_table=torch.tensor([[4, 1], [0, 6]], dtype=torch.int32)),
-        "names page 6; k_cache has pages 0 to 5",
+        "names page 6; the cache has pages 0 to 5",
     ),
     "table-page-missing": (paged(cache_seqlens=lengths(31, 16)), "no page for some of the 2 new"),
     "page-size": (
@@ -304,7 +310,7 @@ def test_bad_input_says_what_is_wrong(name: str) -> None:
 
 def test_a_refused_call_leaves_the_cache_alone() -> None:
     call = arguments(cache_seqlens=lengths(3, 39))
-    with pytest.raises(ValueError, match="fit in a row"):
+    with pytest.raises(ValueError, match="has room for 40 keys"):
         cache_problem(**call)
     assert not bool(written(call["k_cache"]).any())
 

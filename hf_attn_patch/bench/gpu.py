@@ -11,14 +11,17 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .contenders import CONTENDERS, Attention, Shape, eager
+from . import contenders as dense
+from . import decode
+from .contenders import Attention, Shape, eager
 from .flops import rate_per_s
+from .gate import Budget, forward_budget, gradient_budgets, gradients
 from .rows import (
     OURS,
     BenchRow,
@@ -29,6 +32,7 @@ from .rows import (
     append_rows,
     environment,
     measured_keys,
+    read_rows,
     time_interleaved,
     wall_clock_ms,
 )
@@ -78,25 +82,16 @@ def _square(
     )
 
 
-def _decode_shapes() -> Iterator[Shape]:
-    heads = ((32, 8), (32, 32), (64, 8), (32, 1))
-    for heads_q, heads_kv in heads:
-        for batch, seq_k in ((1, 16384), (1, 131072), (16, 8192), (64, 8192)):
-            yield Shape(
-                pass_="decode",
-                batch=batch,
-                heads_q=heads_q,
-                heads_kv=heads_kv,
-                head_dim=128,
-                seq_q=1,
-                seq_k=seq_k,
-            )
-
-
 SLICES: dict[str, tuple[Shape, ...]] = {
     "forward": tuple(_forward_shapes()),
     "backward": tuple(_backward_shapes()),
-    "decode": tuple(_decode_shapes()),
+    "decode": tuple(decode.shapes()),
+}
+
+
+CONTENDERS: dict[str, dict[str, Attention]] = {
+    **dense.CONTENDERS,
+    "decode": {**dense.CONTENDERS["decode"], **decode.PAGED},
 }
 
 
@@ -129,78 +124,6 @@ def launch_ms(call: Contender, *, calls: int = 50) -> float:
     return elapsed
 
 
-# --- the gate -------------------------------------------------------------------------------------
-
-ROUNDING_BAND = 2.0  # in units of the dtype's eps times the largest value
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How far a result may be from float64: twice same-dtype eager's own error, and a band."""
-
-    error: float
-    allowed: float
-
-    @property
-    def kept(self) -> bool:
-        return self.error <= self.allowed  # False for NaN
-
-
-def forward_budget(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape, *, rows: int = 32
-) -> Budget:
-    """Compare three bands of query rows (first, middle, last) with the dense float64 oracle.
-
-    Bands, because the whole oracle of 16k tokens does not fit; a band with its keys cropped to its
-    last row's diagonal keeps the bottom-right alignment, so it is exact. Looks at the last batch
-    row; NaN or infinity anywhere in `out` is over any budget.
-    """
-    from hf_attn_kernels.reference import attention_reference
-
-    if not bool(out.isfinite().all()):
-        return Budget(error=float("nan"), allowed=0.0)
-    rows = min(rows, shape.seq_q)
-    error = allowed = 0.0
-    for start in sorted({0, (shape.seq_q - rows) // 2, shape.seq_q - rows}):
-        stop = start + rows
-        # without causality a band in the middle would need keys to the right of its diagonal
-        cropped = shape.causal
-        keys = shape.seq_k - shape.seq_q + stop if cropped else shape.seq_k
-        if not cropped and shape.window is not None and stop != shape.seq_q:
-            continue
-        band = replace(shape, seq_q=rows, seq_k=keys)
-        q_band, k_band, v_band = q[-1:, start:stop], k[-1:, :keys], v[-1:, :keys]
-        exact, _ = attention_reference(
-            q_band, k_band, v_band, causal=shape.causal, window_size=shape.window_size
-        )
-        plain = eager(q_band, k_band, v_band, replace(band, batch=1))
-        error = max(error, float((out[-1:, start:stop] - exact).abs().max()))
-        allowed = max(allowed, _allowed(plain, exact))
-    return Budget(error=error, allowed=allowed)
-
-
-def gradient_budgets(
-    grads: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor]
-) -> list[Budget]:
-    """dq, dk and dv against the exact gradients, given eager's in the same dtype."""
-    return [
-        Budget(error=float((got - want).abs().max()), allowed=_allowed(eager_own, want))
-        for got, want, eager_own in zip(grads, exact, plain, strict=True)
-    ]
-
-
-def _allowed(plain: Tensor, exact: Tensor) -> float:
-    band = ROUNDING_BAND * torch.finfo(plain.dtype).eps * float(exact.abs().max())
-    return 2.0 * float((plain - exact).abs().max()) + band
-
-
-def _gradients(attention: Attention, tensors: Sequence[Tensor], shape: Shape) -> list[Tensor]:
-    """dq, dk, dv of the sum of squares over the first batch row, in the dtype of `tensors`."""
-    leaves = [x.detach()[:1].requires_grad_() for x in tensors]
-    out = attention(leaves[0], leaves[1], leaves[2], replace(shape, batch=1))
-    return list(torch.autograd.grad(out, leaves, out.detach()))
-
-
 # --- measuring ------------------------------------------------------------------------------------
 
 
@@ -212,6 +135,7 @@ class Report:
     left_out: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     shapes_left: int = 0
+    copy_gbytes_s: float | None = None  # this device's copy rate, once known
 
 
 def measure(
@@ -271,9 +195,9 @@ def _gradient_check(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Gate:
     # float64 where its dense scores fit, else float32: its own error is far below bf16's
     scores = shape.heads_q * shape.seq_q * shape.seq_k
     exact_dtype = torch.float64 if scores <= 2**27 else torch.float32
-    exact = _gradients(eager, [x.to(exact_dtype) for x in (q, k, v)], shape)
-    plain = _gradients(eager, (q, k, v), shape)
-    return lambda attention: gradient_budgets(_gradients(attention, (q, k, v), shape), exact, plain)
+    exact = gradients(eager, [x.to(exact_dtype) for x in (q, k, v)], shape)
+    plain = gradients(eager, (q, k, v), shape)
+    return lambda attention: gradient_budgets(gradients(attention, (q, k, v), shape), exact, plain)
 
 
 def _call(attention: Attention, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Contender:
@@ -343,17 +267,27 @@ def run(
     done = measured_keys(out)
     if not any(key[1] == "ceiling" for key in done):
         _write(out, ceilings(env, device), report, say)
+    report.copy_gbytes_s = _copy_rate(out)
     shapes = [shape for name in slices for shape in SLICES[name]]
     missing = [shape for shape in shapes if shape.row(OURS, env).key() not in done]
     for number, shape in enumerate(missing):
         if time.monotonic() - start > budget_s:
             report.shapes_left = len(missing) - number
             break
+        if (why := decode.too_large(shape)) is not None:
+            report.left_out.append(why)
+            continue
         _write(out, measure(shape, env, device, report), report, say)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return report
+
+
+def _copy_rate(out: Path) -> float | None:
+    """GB/s of the copy that `ceilings` measured."""
+    rates = [row["gbytes_s"] for row in read_rows(out) if row["extra"] == "copy"]
+    return float(rates[-1]) if rates else None
 
 
 def _write(out: Path, rows: Sequence[BenchRow], report: Report, say: Callable[[str], None]) -> None:
@@ -362,7 +296,9 @@ def _write(out: Path, rows: Sequence[BenchRow], report: Report, say: Callable[[s
     for row in rows:
         assert row.timing is not None
         rate = f"{row.tflops:.0f} TFLOP/s" if row.tflops else f"{row.gbytes_s or 0:.0f} GB/s"
+        if row.pass_ == "decode" and row.gbytes_s and report.copy_gbytes_s:
+            rate += f", {row.gbytes_s / report.copy_gbytes_s:.0%} of the copy rate"
         say(
-            f"{row.pass_} D{row.head_dim} {row.seq_q}x{row.seq_k} {row.impl} {row.extra} "
-            f"{row.timing.p50_ms:.4g} ms, {rate}"
+            f"{row.pass_} B{row.batch} D{row.head_dim} {row.seq_q}x{row.seq_k} {row.impl} "
+            f"{row.extra} {row.timing.p50_ms:.4g} ms, {rate}"
         )

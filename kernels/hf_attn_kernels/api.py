@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_pattern, check_problem
-from .kvcache import cache_problem
+from .known import CacheTensors, known_call, plan_of
+from .kvcache import cache_problem, packed_cache_problem
 from .problem import Problem
 
 Result = Tensor | tuple[Tensor, Tensor | None, None]
@@ -115,30 +116,48 @@ def flash_attn_varlen_func(
     s_aux: Tensor | None = None,
     bias: Tensor | None = None,
     sink_tokens: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Result:
     """Attention over sequences packed end to end; no token sees another sequence.
 
     Args:
-        q: ``[Tq, Hq, D]``; k: ``[Tk, Hkv, D]``; v: ``[Tk, Hkv, Dv]``.
+        q: ``[Tq, Hq, D]``; k: ``[Tk, Hkv, D]``; v: ``[Tk, Hkv, Dv]``. With a block_table k and v
+            are pages, read in place: ``[pages, page_size, Hkv, D]`` and ``[..., Dv]``.
         cu_seqlens_q: ``[R + 1]`` int32, where each sequence's queries begin; the last is the end.
-        cu_seqlens_k: the same of the keys. An empty sequence is fine.
+        cu_seqlens_k: the same of the keys. An empty sequence is fine. With a block_table only the
+            differences count, which are the sequences' numbers of keys.
         max_seqlen_q: longest query of the batch or more; max_seqlen_k: the same of the keys.
-        block_table: not served here; see Raises.
+        block_table: ``[R, max_blocks]`` int32, page numbers of each sequence; -1 for unused
+            entries and for pages that a window hides from every query. Inference only, without
+            dropout and bias.
         bias: ``[1|R, 1|Hq, 1|max_seqlen_q, max_seqlen_k]``, counted from each sequence's own start.
+        k_descale, v_descale: with float8 pages, see :func:`flash_attn_with_kvcache`.
         The others: as in :func:`flash_attn_func`, with R in the place of B.
 
     Returns:
         ``[Tq, Hq, Dv]``, or with `return_attn_probs` also the log-sum-exp ``[Hq, Tq]`` and None.
+        Queries behind the last sequence get zeros.
 
     Raises:
-        ValueError: arguments do not fit, or a block_table is given: paged keys are served by
-            :func:`flash_attn_with_kvcache`.
+        ValueError: arguments do not fit; with a block_table also: a gradient, dropout or a bias is
+            asked for.
     """
+    call = None
     if block_table is not None:
-        raise ValueError(
-            "flash_attn_varlen_func got a block_table; paged keys and values are read by "
-            "flash_attn_with_kvcache(q, k_cache, v_cache, block_table=..., cache_seqlens=...)"
-        )
+        _refuse_with_pages(dropout_p > 0, "dropout_p", "it belongs to training")
+        _refuse_with_pages(bias is not None, "bias", "the kernels over pages add none")
+        call = known_call(
+            CacheTensors(
+                q, k, v, cu_seqlens_k, cu_seqlens_q, block_table=block_table, slopes=alibi_slopes,
+                s_aux=s_aux, k_descale=k_descale, v_descale=v_descale,
+            ),
+            (max_seqlen_q, max_seqlen_k, softmax_scale, causal, *window_size, softcap, sink_tokens),
+        )  # fmt: skip
+        plan = plan_of(call)
+        if call is not None and plan is not None:
+            out, lse = plan(call.tensors)
+            return (out, lse, None) if return_attn_probs else out
     pattern = check_pattern(
         q.shape[-1],
         softmax_scale=softmax_scale,
@@ -148,6 +167,27 @@ def flash_attn_varlen_func(
         sink_tokens=sink_tokens,
         dropout_p=dropout_p,
     )
+    if block_table is not None:
+        problem = packed_cache_problem(
+            q,
+            k,
+            v,
+            pattern=pattern,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            block_table=block_table,
+            alibi_slopes=alibi_slopes,
+            s_aux=s_aux,
+            k_descale=k_descale,
+            v_descale=v_descale,
+            call=call,
+        )
+        out, lse = backends.load(q.device).attention_with_cache(problem)
+        return (out, lse, None) if return_attn_probs else out
+    if k_descale is not None or v_descale is not None:
+        raise ValueError("k_descale and v_descale are for float8 pages; give a block_table too")
     return _run(
         Problem(
             q=_unit_stride(q),
@@ -190,6 +230,8 @@ def flash_attn_with_kvcache(
     *,
     s_aux: Tensor | None = None,
     sink_tokens: int = 0,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of new queries over a KV cache, contiguous or paged; inference only.
 
@@ -197,8 +239,8 @@ def flash_attn_with_kvcache(
 
     Args:
         q: ``[B, Q, Hq, D]``.
-        k_cache: ``[Bc, K, Hkv, D]``, or with a block_table ``[pages, page_size, Hkv, D]``.
-        v_cache: the same with Dv.
+        k_cache: ``[Bc, K, Hkv, D]``, or with a block_table ``[pages, page_size, Hkv, D]``; of q's
+            dtype or float8_e4m3fn. v_cache: the same with Dv.
         k: ``[B, Knew, Hkv, D]`` to append; v: ``[B, Knew, Hkv, Dv]``.
         rotary_cos: ``[positions, rotary_dim / 2]``, applied to the new k at its position and to q;
             rotary_sin: the same shape.
@@ -206,10 +248,14 @@ def flash_attn_with_kvcache(
             cache is full.
         cache_batch_idx: ``[B]`` int32, the cache row of each row of q (contiguous caches only).
         cache_leftpad: ``[B]`` int32, keys to skip at the start of each row.
-        block_table: ``[B, max_blocks]`` int32 page numbers; unused entries -1.
+        block_table: ``[B, max_blocks]`` int32 page numbers; -1 for unused entries and for pages
+            that a window hides.
         rotary_interleaved: pairs (0, 1), (2, 3) ... (GPT-J) instead of (0, d/2), ... (GPT-NeoX).
         num_splits: pieces the keys are cut into and combined from; 0 lets the backend choose.
         return_softmax_lse: also return the log-sum-exp.
+        k_descale: ``[Hkv]`` or ``[B, Hkv]`` float32, of a float8 cache: a stored number times it is
+            the value. New keys are divided by it, rounded, and held to ±448. None is 1.
+        v_descale: the same of the values.
         The others: as in :func:`flash_attn_func`.
 
     Returns:
@@ -218,6 +264,20 @@ def flash_attn_with_kvcache(
     Raises:
         ValueError: arguments do not fit.
     """
+    call = None
+    if isinstance(cache_seqlens, Tensor):
+        call = known_call(
+            CacheTensors(
+                q, k_cache, v_cache, cache_seqlens, None, k, v, rotary_cos, rotary_sin, block_table,
+                cache_batch_idx, cache_leftpad, alibi_slopes, s_aux, k_descale, v_descale,
+            ),
+            (softmax_scale, causal, *window_size, softcap, rotary_interleaved, num_splits,
+             sink_tokens),
+        )  # fmt: skip
+    plan = plan_of(call)
+    if call is not None and plan is not None:
+        out, lse = plan(call.tensors)
+        return (out, lse) if return_softmax_lse else out
     pattern = check_pattern(
         q.shape[-1],
         softmax_scale=softmax_scale,
@@ -243,7 +303,10 @@ def flash_attn_with_kvcache(
         block_table=block_table,
         alibi_slopes=alibi_slopes,
         s_aux=s_aux,
+        k_descale=k_descale,
+        v_descale=v_descale,
         num_splits=num_splits,
+        call=call,
     )
     out, lse = backends.load(q.device).attention_with_cache(problem)
     return (out, lse) if return_softmax_lse else out
@@ -253,6 +316,14 @@ def _run(problem: Problem) -> Result:
     check_problem(problem)
     out, lse = backends.load(problem.q.device).attention(problem)
     return (out, lse, None) if problem.need_lse else out
+
+
+def _refuse_with_pages(given: bool, name: str, why: str) -> None:
+    if given:
+        raise ValueError(
+            f"flash_attn_varlen_func got a block_table and {name}, which do not go together: {why};"
+            f" leave {name} out, or give k and v as [total, heads, head_dim]"
+        )
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .problem import UNBOUNDED, Pattern, Problem
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ALL_FLOATS = (*FLOAT_DTYPES, torch.float64)  # on the CPU
 MAX_HEAD_DIM = 512
 MAX_HEAD_DIM_BACKWARD = 256
 
@@ -117,7 +118,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
 def check_dtypes(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    allowed = (*FLOAT_DTYPES, torch.float64) if q.device.type == "cpu" else FLOAT_DTYPES
+    allowed = ALL_FLOATS if q.device.type == "cpu" else FLOAT_DTYPES
     if q.dtype not in allowed:
         raise ValueError(
             f"dtype {q.dtype} is not supported on {q.device.type!r}; possible: "
@@ -145,7 +146,7 @@ def _check_cu_seqlens(p: Problem) -> int:
         if cu.device != p.q.device:
             raise ValueError(f"{name} must be on {p.q.device}, got {cu.device}")
         if cu.device.type == "cpu" and not torch.compiler.is_compiling():
-            _check_offsets(name, cu.tolist(), total)
+            check_offsets(name, cu.tolist(), total)
     if p.cu_seqlens_q.numel() != p.cu_seqlens_k.numel():
         raise ValueError(
             f"cu_seqlens_q describes {p.cu_seqlens_q.numel() - 1} sequences and cu_seqlens_k "
@@ -154,13 +155,15 @@ def _check_cu_seqlens(p: Problem) -> int:
     return p.cu_seqlens_q.numel() - 1
 
 
-def _check_offsets(name: str, offsets: list[int], total: int) -> None:
+def check_offsets(name: str, offsets: list[int], total: int) -> list[int]:
+    """The offsets, which start at 0, never fall and end within `total`."""
     rising = all(a <= b for a, b in pairwise(offsets))
     if offsets[0] != 0 or not rising or offsets[-1] > total:
         raise ValueError(
             f"{name} must start at 0, never fall and end at or before the {total} tokens given; "
             f"got {offsets[:8]}{' ...' if len(offsets) > 8 else ''}"
         )
+    return offsets
 
 
 def _check_extras(p: Problem, batch: int, max_q: int, max_k: int) -> None:
@@ -209,6 +212,3 @@ def check_alibi(slopes: Tensor, batch: int, heads_q: int) -> None:
         )
     if slopes.dtype != torch.float32:
         raise ValueError(f"alibi_slopes must be float32, got {slopes.dtype}")
-
-
-__all__ = ["check_alibi", "check_dtypes", "check_heads", "check_pattern", "check_problem"]

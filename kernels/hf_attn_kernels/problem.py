@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .known import KnownCall
+
 UNBOUNDED = -1
 
 
@@ -53,17 +55,57 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheProblem:
-    """Attention of a few new queries over a KV cache, contiguous or paged. Inference only."""
+class Rotary:
+    """Rotary embedding of the first 2R columns of q and of new keys."""
 
-    q: Tensor  # [B, Q, Hq, D]
+    cos: Tensor  # [positions, R]
+    sin: Tensor  # [positions, R]
+    interleaved: bool  # pairs (0, 1), (2, 3) ... instead of (0, R), (1, R + 1) ...
+    ordered: bool  # query i stands at the i-th new position; else all stand at the first
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewKeys:
+    """What a backend writes into the cache, behind the keys a row holds, before it attends."""
+
+    k: Tensor  # [B, Knew, Hkv, D]
+    v: Tensor  # [B, Knew, Hkv, Dv]
+    rotary: Rotary | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheProblem:
+    """Attention of new queries over a KV cache, contiguous or paged. Inference only.
+
+    Rows come as a batch, or packed end to end with cu_seqlens (paged only; B is R then).
+    """
+
+    q: Tensor  # [B, Q, Hq, D] or [Tq, Hq, D]; not rotated yet where `new` has a rotary
     k_cache: Tensor  # [Bc, K, Hkv, D], or [pages, page_size, Hkv, D] with a block_table
     v_cache: Tensor  # [Bc, K, Hkv, Dv], or [pages, page_size, Hkv, Dv]
-    seqlens_k: Tensor  # [B] int32: valid keys of each row, new ones included
     pattern: Pattern
+    seqlens_k: Tensor | None = None  # [B] int32: keys each row holds before `new`; None if packed
+    new: NewKeys | None = None
     block_table: Tensor | None = None  # [B, max_blocks] int32, unused entries -1
     batch_idx: Tensor | None = None  # [B] int32 row of the cache for each row of q; contiguous only
     leftpad: Tensor | None = None  # [B] int32 keys to skip at the start of a row
+    cu_seqlens_q: Tensor | None = None  # [R + 1] int32
+    cu_seqlens_k: Tensor | None = None  # [R + 1] int32
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
     s_aux: Tensor | None = None  # [Hq]
     alibi_slopes: Tensor | None = None  # [1 | B, Hq] float32
+    k_descale: Tensor | None = None  # [1 | B, Hkv] float32, of a float8 cache: value = stored * it
+    v_descale: Tensor | None = None  # [1 | B, Hkv] float32
     num_splits: int = 0  # 0: chosen by the backend
+    call: KnownCall | None = None  # under which a backend may learn how it ran this
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a row may have."""
+        blocks = 1 if self.block_table is None else self.block_table.shape[1]
+        return blocks * self.k_cache.shape[1]

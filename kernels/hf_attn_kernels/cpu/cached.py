@@ -1,110 +1,187 @@
 """Attention over a KV cache, contiguous or paged: the same pieces, blocks and tiles.
 
 A row's valid keys become one piece of work, so padding, empty rows and other rows' memory are never
-read. Pages are gathered tile by tile into heads-first copies; the cache as a whole never is.
+read. Pages are gathered, and float8 widened, tile by tile into a buffer; the cache as a whole never
+is.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..problem import CacheProblem
+from ..append import appended
+from ..fp8 import is_float8
+from ..problem import UNBOUNDED, CacheProblem
 from . import run
 from .choice import Traits, choose
+from .context import Context, combine, sum_dtype
+from .flash import PAGED_KEYS_DECODE, gathered_forward
 from .pages import Keys, PagedKeys
 from .tiling import Scoring
 from .work import Work
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row of the batch, or one packed sequence."""
+
+    number: int
+    queries: slice  # of a packed q; of a batch the whole length
+    start: int  # keys start <= j < end are valid
+    end: int
+
+
 def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
-    """out ``[B, Q, Hq, Dv]`` and the natural log-sum-exp ``[B, Hq, Q]`` float32; no gradient."""
+    """out ``[B, Q, Hq, Dv]`` (packed ``[Tq, Hq, Dv]``) and the natural log-sum-exp ``[B, Hq, Q]``
+    (packed ``[Hq, Tq]``), float32; no gradient."""
     with torch.no_grad():
-        calls = _paged_calls(problem) if problem.block_table is not None else _flat_calls(problem)
-        parts = [run.forward(call, _engine(problem, call)) for call in calls]
-    if len(parts) == 1:
-        out, lse = parts[0]
-    else:
-        out, lse = (torch.cat(list(column)) for column in zip(*parts, strict=True))
+        problem = appended(problem)
+        if problem.block_table is not None or is_float8(problem.k_cache):
+            out, lse = _row_by_row(problem)
+        else:
+            out, lse = _forward(problem, _flat_call(problem))
     return out, lse.to(torch.float32)
 
 
-def _engine(problem: CacheProblem, call: run.Call) -> str:
+def _forward(
+    problem: CacheProblem, call: run.Call, ctx: Context | None = None
+) -> tuple[Tensor, Tensor]:
+    return run.forward(call, _engine(problem), ctx)
+
+
+def _engine(problem: CacheProblem) -> str:
     traits = Traits(
-        dtype=call.q.dtype,
-        head_dim=call.q.shape[-1],
-        head_dim_v=call.v.shape[-1],
+        dtype=problem.q.dtype,
+        head_dim=problem.q.shape[-1],
+        head_dim_v=problem.v_cache.shape[-1],
         softcap=problem.pattern.softcap > 0,
     )
     return choose(traits).engine
 
 
-def _flat_calls(problem: CacheProblem) -> list[run.Call]:
+def _one_tile(
+    ctx: Context, problem: CacheProblem, row: Row, call: run.Call
+) -> tuple[Tensor, Tensor] | None:
+    """The shortest way: one query whose keys are one tile, without planning blocks and tiles. None
+    where there is more to it. A batch of short rows decodes in half the time."""
+    p, k, v = problem.pattern, call.k, call.v
+    low = row.start if p.window_left == UNBOUNDED else max(row.start, row.end - 1 - p.window_left)
+    if (
+        call.q.shape[1] > 1
+        or not 0 < row.end - low <= PAGED_KEYS_DECODE
+        or problem.alibi_slopes is not None
+        or problem.s_aux is not None
+        or (p.sink_tokens and low > row.start)
+        or _engine(problem) != run.FLASH
+    ):
+        return None
+    assert isinstance(k, PagedKeys) and isinstance(v, PagedKeys)
+    near = ctx.buffer("page keys", (k.gathered_elements(PAGED_KEYS_DECODE),), k.dtype)
+    keys = k.read(low, row.end, near).transpose(1, 2)
+    near = ctx.buffer("page values", (v.gathered_elements(PAGED_KEYS_DECODE),), v.dtype)
+    values = v.read(low, row.end, near).transpose(1, 2)
+    out, lse = combine(gathered_forward(call.q, keys, values, p.scaling))
+    return out.reshape(call.q.shape), lse.reshape(1, -1, 1)
+
+
+def _row_by_row(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+    q, heads = problem.q, problem.q.shape[-2]
+    out = q.new_zeros(*q.shape[:-1], problem.v_cache.shape[-1])
+    shape = (heads, q.shape[0]) if problem.packed else (q.shape[0], heads, q.shape[1])
+    lse = q.new_full(shape, float("-inf"), dtype=sum_dtype(q.dtype))
+    scoring = Scoring(pattern=problem.pattern, alibi_slopes=problem.alibi_slopes)
+    ctx = Context(scoring=scoring, dtype=sum_dtype(q.dtype))
+    for row, call in zip(_rows(problem), _row_calls(problem), strict=True):
+        part, part_lse = _one_tile(ctx, problem, row, call) or _forward(problem, call, ctx)
+        if problem.packed:
+            out[row.queries], lse[:, row.queries] = part[0], part_lse[0]
+        else:
+            out[row.number], lse[row.number] = part[0], part_lse[0]
+    return out, lse
+
+
+def _rows(problem: CacheProblem) -> Iterator[Row]:
+    """Rows with their lengths; packed sequences without queries are left out."""
+    if problem.cu_seqlens_q is not None:
+        assert problem.cu_seqlens_k is not None
+        ends = problem.cu_seqlens_k.diff().tolist()
+        bounds = problem.cu_seqlens_q.tolist()
+        for number, end in enumerate(ends):
+            if bounds[number] < bounds[number + 1]:
+                yield Row(number, slice(bounds[number], bounds[number + 1]), 0, end)
+        return
+    assert problem.seqlens_k is not None
+    starts = [0] * problem.q.shape[0] if problem.leftpad is None else problem.leftpad.tolist()
+    whole = slice(0, problem.q.shape[1])
+    for number, (start, end) in enumerate(zip(starts, problem.seqlens_k.tolist(), strict=True)):
+        yield Row(number, whole, min(start, end), end)
+
+
+def _flat_call(problem: CacheProblem) -> run.Call:
     """One call over the cache as it lies; neighbouring rows of one length are one piece."""
     works: list[Work] = []
-    batch, q_len = problem.q.shape[:2]
-    starts, ends = _bounds(problem)
-    at = list(range(batch)) if problem.batch_idx is None else problem.batch_idx.tolist()
-    row = 0
-    while row < batch:
-        last = row + 1
+    rows = list(_rows(problem))
+    at = range(len(rows)) if problem.batch_idx is None else problem.batch_idx.tolist()
+    first = 0
+    while first < len(rows):
+        row, last = rows[first], first + 1
         while (
-            last < batch
-            and (starts[last], ends[last]) == (starts[row], ends[row])
+            last < len(rows)
+            and (rows[last].start, rows[last].end) == (row.start, row.end)
             and at[last] == at[last - 1] + 1
         ):
             last += 1
-        works.append(_work(row, last, at[row], q_len, starts[row], ends[row]))
-        row = last
-    return [_call(problem, problem.q, problem.k_cache, problem.v_cache, works)]
+        works.append(_work(row, slice(first, last), at[first]))
+        first = last
+    return _call(problem, problem.q, problem.k_cache, problem.v_cache, works)
 
 
-def _paged_calls(problem: CacheProblem) -> list[run.Call]:
-    """One call a row: its pages, read as one sequence."""
-    assert problem.block_table is not None
-    starts, ends = _bounds(problem)
-    q_len = problem.q.shape[1]
-    calls = []
-    for row, pages in enumerate(problem.block_table.tolist()):
-        work = _work(row, row + 1, 0, q_len, starts[row], ends[row])
-        work = replace(work, rows=slice(0, 1))  # of this call's q; `number` stays the batch's row
-        k, v = PagedKeys(problem.k_cache, pages), PagedKeys(problem.v_cache, pages)
-        calls.append(_call(problem, problem.q[row : row + 1], k, v, [work]))
-    return calls
+def _row_calls(problem: CacheProblem) -> Iterator[run.Call]:
+    """One call a row: its pages, read as one sequence. A float8 row that lies whole is one page."""
+    if problem.block_table is not None:
+        tables = problem.block_table
+    elif problem.batch_idx is not None:
+        tables = problem.batch_idx[:, None]
+    else:
+        tables = torch.arange(problem.q.shape[0], dtype=torch.int32)[:, None]
+    for row in _rows(problem):
+        number = row.number
+        q = problem.q[None, row.queries] if problem.packed else problem.q[number : number + 1]
+        k, v = (
+            PagedKeys(cache, tables[number], 0, q.dtype, _row(descale, number))
+            for cache, descale in (
+                (problem.k_cache, problem.k_descale),
+                (problem.v_cache, problem.v_descale),
+            )
+        )
+        yield _call(problem, q, k, v, [_work(row, slice(0, 1), 0)])
 
 
-def _bounds(problem: CacheProblem) -> tuple[list[int], list[int]]:
-    ends = problem.seqlens_k.tolist()
-    if problem.leftpad is None:
-        return [0] * len(ends), ends
-    return [min(s, e) for s, e in zip(problem.leftpad.tolist(), ends, strict=True)], ends
+def _row(x: Tensor | None, number: int) -> Tensor | None:
+    """``[H]``: a row of ``[1 | B, H]``."""
+    if x is None:
+        return None
+    return x[0] if x.shape[0] == 1 else x[number]
 
 
-def _work(row: int, last: int, at: int, q_len: int, start: int, end: int) -> Work:
+def _work(row: Row, rows: slice, at: int) -> Work:
+    queries = row.queries.stop - row.queries.start
     return Work(
-        rows=slice(row, last),
-        key_rows=slice(at, at + last - row),
-        queries=slice(0, q_len),
-        keys=slice(start, end),
-        number=row,
-        offset=end - q_len - start,
-        first=start,
+        rows=rows,  # of the call's q; `number` stays the batch's
+        key_rows=slice(at, at + rows.stop - rows.start),
+        queries=slice(0, queries),
+        keys=slice(row.start, row.end),
+        number=row.number,
+        offset=row.end - queries - row.start,
+        first=row.start,
         exact=True,
     )
 
 
 def _call(problem: CacheProblem, q: Tensor, k: Keys, v: Keys, works: list[Work]) -> run.Call:
-    slopes = problem.alibi_slopes
-    return run.Call(
-        q=q,
-        k=k,
-        v=v,
-        works=works,
-        scoring=Scoring(
-            pattern=problem.pattern,
-            alibi_slopes=slopes if slopes is None or slopes.dim() == 2 else slopes[None],
-        ),
-        s_aux=problem.s_aux,
-    )
+    scoring = Scoring(pattern=problem.pattern, alibi_slopes=problem.alibi_slopes)
+    return run.Call(q=q, k=k, v=v, works=works, scoring=scoring, s_aux=problem.s_aux)

@@ -82,19 +82,28 @@ def forward(
             for name, x in (("page keys", k), ("page values", v))
         )
         mask, scaling = ctx.masks(work, block, tile), ctx.scoring.pattern.scaling
-        if _just_gathered(k, tile) and q.shape[1] == 1 and mask is None:
-            packed = q.reshape(1, keys.shape[1], -1, q.shape[3])
-            pieces = in_pieces(packed, keys, values, scaling, torch.get_num_threads())
+        if isinstance(k, PagedKeys) and q.shape[1] == 1 and mask is None:
+            pieces = gathered_forward(q, keys, values, scaling)
             parts += [(o.unsqueeze(3), lse.unsqueeze(3)) for o, lse in pieces]
             continue
         parts.append(_tile_forward(q.transpose(1, 2), keys, values, tile.kind, mask, scaling))
     return combine(parts)
 
 
-def _just_gathered(k: Keys, tile: Tile) -> bool:
-    """Whether all threads have just written the tile, each its share of the tokens. Each should
-    then read what it wrote: out of another core's cache it can come slower than from memory."""
-    return isinstance(k, PagedKeys) and 1 < torch.get_num_threads() <= tile.key_count
+def gathered_forward(
+    q: Tensor, keys: Tensor, values: Tensor, scaling: float
+) -> list[tuple[Tensor, Tensor]]:
+    """One query q ``[1, 1, Hq, D]`` over keys ``[1, Hkv, n, D]`` just gathered from pages; out
+    ``[1, Hkv, G, D]`` and lse over one part of them or several, to be combined.
+
+    All threads have just written the tile, each its share of the tokens. Each should then read what
+    it wrote: out of another core's cache it can come slower than from memory.
+    """
+    packed = q.reshape(1, keys.shape[1], -1, q.shape[3])
+    threads = torch.get_num_threads()
+    if 1 < threads <= keys.shape[2]:
+        return in_pieces(packed, keys, values, scaling, threads)
+    return [fused_forward(packed, keys, values, scale=scaling)]
 
 
 def _page_buffer(ctx: Context, name: str, tile: Tile, x: Keys) -> Tensor | None:

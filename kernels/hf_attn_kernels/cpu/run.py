@@ -43,11 +43,14 @@ class Gradients:
     bias: Tensor | None
 
 
-def forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
-    """out ``[B, Q, Hq, Dv]`` and lse ``[B, Hq, Q]`` in the dtype of sums, both contiguous."""
+def forward(call: Call, engine: str, ctx: Context | None = None) -> tuple[Tensor, Tensor]:
+    """out ``[B, Q, Hq, Dv]`` and lse ``[B, Hq, Q]`` in the dtype of sums, both contiguous.
+
+    `ctx` is that of calls of the same scoring before, whose buffers and masks are used again.
+    """
     batch, length, heads, _ = call.q.shape
     dtype = sum_dtype(call.q.dtype)
-    ctx = Context(scoring=call.scoring, dtype=dtype, seed=call.seed)
+    ctx = ctx or Context(scoring=call.scoring, dtype=dtype, seed=call.seed)
     out = call.q.new_empty(batch, length, heads, call.v.shape[-1])
     lse = call.q.new_empty(batch, heads, length, dtype=dtype)
     run = flash.forward if engine == FLASH else matmul.forward

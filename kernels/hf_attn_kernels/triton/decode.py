@@ -12,45 +12,114 @@ D / Dv head_dim of q, k / v.
 from __future__ import annotations
 
 import contextlib
-import math
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ..problem import CacheProblem, Pattern, Problem
+from ..known import learn
+from ..problem import CacheProblem, NewKeys, Pattern, Problem, Rotary
+from .append import append_launch
 from .config import chip_of
-from .decode_config import (
-    MAX_SPLITS,
-    DecodeConfig,
-    choose_splits,
-    config_for,
-    padded,
-    processors,
-)
-from .decode_kernel import LOG2E, RECORD_TAIL, decode_kernel, reduce_kernel
+from .decode_config import processors
+from .decode_launch import Cache, launches, new_outputs
 from .launch import Launch
+from .plan import CachePlan, Ready
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENSE_MAX_ROWS = 16  # Q * G: one tile; beyond it the forward kernel's larger tiles do better
 
 
 def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
-    """Run `problem` on Triton.
+    """Run `problem` on Triton: new keys are written in place first.
 
     Returns:
-        out ``[B, Q, Hq, Dv]`` and the natural log-sum-exp ``[B, Hq, Q]`` float32. Rows without a
-        visible key are zeros and -inf (or s_aux). Not differentiable.
+        out ``[B, Q, Hq, Dv]`` (packed ``[T, Hq, Dv]``) and the natural log-sum-exp ``[B, Hq, Q]``
+        (packed ``[Hq, T]``) float32. Rows without a visible key are zeros and -inf (or s_aux). Not
+        differentiable.
 
     Raises:
         ValueError: the dtype is not one of DTYPES.
     """
     p = problem
-    return _run_op(
-        p.q, p.k_cache, p.v_cache, p.seqlens_k, p.block_table, p.batch_idx, p.leftpad, None,
-        p.s_aux, p.alibi_slopes, p.pattern, p.num_splits,
+    _check_dtype(p.q)
+    if torch.compiler.is_compiling():
+        return _by_operators(p)
+    lengths = p.seqlens_k if p.cu_seqlens_k is None else p.cu_seqlens_k
+    x = Cache(
+        q=p.q, k=p.k_cache, v=p.v_cache, seqlens=lengths, cu_q=p.cu_seqlens_q,
+        block_table=p.block_table, batch_idx=p.batch_idx, leftpad=p.leftpad, s_aux=p.s_aux,
+        slopes=p.alibi_slopes, k_descale=p.k_descale, v_descale=p.v_descale,
+        new_keys=0 if p.new is None else p.new.k.shape[1], max_q=p.max_seqlen_q,
+        max_k=p.max_seqlen_k,
+    )  # fmt: skip
+    with _on(p.q.device):
+        append = compiled = None
+        if p.new is not None and x.new_keys and x.batch:
+            append, turned = append_launch(x, p.new)
+            compiled = append.run()
+            x = x if turned is None else replace(x, q=turned)
+        out, lse, done = _run(x, p.pattern, p.num_splits)
+    if p.call is not None and done and done[0][1] is not None and _as_given(p):
+        decode, *reduce = [Ready.of(*pair) for pair in done]
+        partial = done[0][0].arguments["partial"]
+        plan = CachePlan(
+            append=None if append is None else Ready.of(append, compiled),
+            turns=p.new is not None and p.new.rotary is not None,
+            decode=decode,
+            reduce=reduce[0] if reduce else None,
+            partial=0 if partial is None else partial.numel(),
+        )
+        learn(p.call, plan)
+    return out, lse
+
+
+def _as_given(p: CacheProblem) -> bool:
+    """Whether the problem's tensors are the call's: a copy would have to be made each time."""
+    assert p.call is not None
+    given, new = p.call.tensors, p.new
+    rotary = None if new is None else new.rotary
+    pairs = (
+        (given.q, p.q), (given.block_table, p.block_table), (given.batch_idx, p.batch_idx),
+        (given.leftpad, p.leftpad), (given.slopes, p.alibi_slopes), (given.s_aux, p.s_aux),
+        (given.k_descale, p.k_descale), (given.v_descale, p.v_descale),
+        (given.seqlens, p.seqlens_k if p.cu_seqlens_k is None else p.cu_seqlens_k),
+        (given.cu_q, p.cu_seqlens_q), (given.k, None if new is None else new.k),
+        (given.v, None if new is None else new.v),
+    )  # fmt: skip
+    turn = () if rotary is None else (rotary.cos, rotary.sin)
+    return all(t.is_contiguous() for t in turn) and all(
+        a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
+        for a, b in pairs
+    )
+
+
+def _by_operators(p: CacheProblem) -> tuple[Tensor, Tensor]:
+    """The same as two operators, which torch.compile can see."""
+    q, new = p.q, p.new
+    if new is not None and new.k.shape[1]:
+        rotary = new.rotary
+        turn = (None, None) if rotary is None else (rotary.cos, rotary.sin)
+        turned = torch.ops.hf_attn.append(
+            q, new.k, new.v, p.k_cache, p.v_cache, p.seqlens_k, p.block_table, p.batch_idx,
+            p.k_descale, p.v_descale, *turn, rotary is not None and rotary.interleaved,
+            rotary is not None and rotary.ordered,
+        )  # fmt: skip
+        q = q if rotary is None else turned
+    out, lse = torch.ops.hf_attn.decode(
+        q, p.k_cache, p.v_cache, p.seqlens_k if p.cu_seqlens_k is None else p.cu_seqlens_k,
+        p.cu_seqlens_q, p.block_table, p.batch_idx, p.leftpad, None, p.s_aux, p.alibi_slopes,
+        p.k_descale, p.v_descale, 0 if new is None else new.k.shape[1], p.max_seqlen_q,
+        p.max_seqlen_k, *_numbers(p.pattern), p.num_splits,
+    )  # fmt: skip
+    return out, lse
+
+
+def _numbers(pattern: Pattern) -> tuple[float, int, int, float, int]:
+    return (
+        pattern.scaling, pattern.window_left, pattern.window_right, pattern.softcap,
+        pattern.sink_tokens,
     )  # fmt: skip
 
 
@@ -68,151 +137,25 @@ def serves_dense(problem: Problem) -> bool:
 
 def decode_dense(problem: Problem) -> tuple[Tensor, Tensor]:
     """A dense `problem` that `serves_dense`, over keys given whole; same results as the forward."""
-    p, leftpad = problem, None
+    p, leftpad, slopes = problem, None, problem.alibi_slopes
     if p.pattern.sink_tokens and p.key_padding_mask is not None:
         # sinks count from the first kept key; an all-False row gets 0, where its mask hides all
         leftpad = p.key_padding_mask.to(torch.int32).argmax(dim=1).to(torch.int32)
-    return _run_op(
-        p.q, p.k, p.v, None, None, None, leftpad, p.key_padding_mask, p.s_aux, p.alibi_slopes,
-        p.pattern, 0,
+    slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
+    _check_dtype(p.q)
+    out, lse = torch.ops.hf_attn.decode(
+        p.q, p.k, p.v, None, None, None, None, leftpad, p.key_padding_mask, p.s_aux, slopes, None,
+        None, 0, 0, 0, *_numbers(p.pattern), 0,
     )  # fmt: skip
+    return out, lse
 
 
-def _run_op(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, block_table: Tensor | None,
-    batch_idx: Tensor | None, leftpad: Tensor | None, key_mask: Tensor | None,
-    s_aux: Tensor | None, slopes: Tensor | None, pattern: Pattern, num_splits: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _check_dtype(q: Tensor) -> None:
     if q.dtype not in DTYPES:
         raise ValueError(
             f"dtype {q.dtype} is not supported by the Triton decode kernel; possible: "
             + ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         )
-    out, lse = torch.ops.hf_attn.decode(
-        q, k, v, seqlens, block_table, batch_idx, leftpad, key_mask, s_aux, slopes,
-        pattern.scaling, pattern.window_left, pattern.window_right, pattern.softcap,
-        pattern.sink_tokens, num_splits,
-    )  # fmt: skip
-    return out, lse
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Tensors of a call beside its pattern; slopes ``[1 | B, Hq]``."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    seqlens: Tensor | None
-    block_table: Tensor | None
-    batch_idx: Tensor | None
-    leftpad: Tensor | None
-    key_mask: Tensor | None
-    s_aux: Tensor | None
-    slopes: Tensor | None
-
-    @property
-    def capacity(self) -> int:
-        """Keys that a row may have."""
-        blocks = 1 if self.block_table is None else self.block_table.shape[1]
-        return blocks * self.k.shape[1]
-
-
-def _strides(x: Tensor) -> list[int]:
-    """Of all dimensions but the last. A dimension of one element takes no step: its stride says
-    nothing about alignment, and may not make Triton compile again."""
-    return [0 if n == 1 else step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-
-
-def _longest_view(pattern: Pattern, capacity: int, tokens: int) -> int:
-    """Keys that a tile of `tokens` tokens visits at most."""
-    if pattern.window_left < 0 or pattern.window_right < 0:
-        return capacity
-    window = pattern.window_left + pattern.window_right + tokens + pattern.sink_tokens
-    return min(capacity, window)
-
-
-def launches(
-    x: Cache, pattern: Pattern, num_splits: int, out: Tensor, lse: Tensor, chip: str, units: int
-) -> list[Launch]:
-    """The decode kernel, and the reduce kernel when the keys are split.
-
-    Args:
-        num_splits: 0 to choose.
-        chip: row of the tile table.
-        units: multiprocessors of the chip.
-    """
-    batch, q_len, heads_q, dim = x.q.shape
-    heads_kv, dim_v = x.k.shape[2], x.v.shape[-1]
-    groups = heads_q // heads_kv
-    config = config_for(chip, x.q.element_size(), max(dim, dim_v), q_len * groups)
-    tiles_m = -(-q_len * groups // config.block_m)
-    if num_splits <= 0:
-        keys = _longest_view(pattern, x.capacity, -(-config.block_m // groups))
-        num_splits = choose_splits(tiles_m * heads_kv * batch, keys, config.block_n, units)
-    splits = min(num_splits, MAX_SPLITS)
-    partial = None
-    if splits > 1:
-        record = dim_v + RECORD_TAIL.value
-        partial = x.q.new_empty(batch * q_len * heads_q * splits * record, dtype=torch.float32)
-    decode = Launch(
-        "decode", decode_kernel, (tiles_m * splits, heads_kv, batch),
-        _decode_arguments(x, pattern, config, splits, out, lse, partial), config.num_warps,
-        config.num_stages,
-    )  # fmt: skip
-    if partial is None:
-        return [decode]
-    # 8192 numbers of the splits' outputs at a time keep the reduction in registers
-    block_s = triton.next_power_of_2(splits)
-    block_c = min(padded(dim_v), max(16, 8192 // block_s))
-    arguments = {
-        "partial": partial, "s_aux": x.s_aux, "out": out, "lse": lse, "q_len": q_len,
-        "heads": heads_q, "DV": dim_v, "SPLITS": splits, "BLOCK_S": block_s, "BLOCK_C": block_c,
-    }  # fmt: skip
-    grid = (batch * q_len * heads_q, -(-dim_v // block_c))
-    return [decode, Launch("reduce", reduce_kernel, grid, arguments, 4, 1)]
-
-
-def _decode_arguments(
-    x: Cache, pattern: Pattern, config: DecodeConfig, splits: int, out: Tensor, lse: Tensor,
-    partial: Tensor | None,
-) -> dict[str, Any]:  # fmt: skip
-    steps = [*_strides(x.q), *_strides(x.k), *_strides(x.v)]
-    # strides in units of up to 16 bytes, so that the compiler can vectorise also where a stride is
-    # no multiple of 16 elements
-    unit = math.gcd(16 // x.q.element_size(), *steps)
-    names = ("q_sb", "q_st", "q_sh", "k_sb", "k_st", "k_sh", "v_sb", "v_st", "v_sh")
-    softcap = pattern.softcap
-    slopes, table, mask = x.slopes, x.block_table, x.key_mask
-    return {
-        "q": x.q, "k": x.k, "v": x.v, "out": out, "lse": lse, "partial": partial,
-        "seqlens": x.seqlens, "block_table": table, "batch_idx": x.batch_idx,
-        "leftpad": x.leftpad, "key_mask": None if mask is None else mask.view(torch.uint8),
-        "alibi": slopes, "s_aux": x.s_aux,
-        **{name: step // unit for name, step in zip(names, steps, strict=True)},
-        "table_sb": 0 if table is None else table.stride(0),
-        "mask_sb": 0 if mask is None else mask.stride(0),
-        "alibi_sb": 0 if slopes is None or slopes.shape[0] == 1 else slopes.stride(0),
-        "q_len": x.q.shape[1], "k_len": 0 if x.seqlens is not None else x.k.shape[1],
-        "window_left": pattern.window_left, "window_right": pattern.window_right,
-        "sink_tokens": pattern.sink_tokens,
-        "scale": pattern.scaling / softcap if softcap else pattern.scaling * LOG2E.value,
-        "softcap": softcap,
-        "G": x.q.shape[2] // x.k.shape[2], "D": x.q.shape[3], "DV": x.v.shape[3],
-        "BLOCK_D": padded(x.q.shape[3]), "BLOCK_DV": padded(x.v.shape[3]),
-        "BM": config.block_m, "BN": config.block_n,
-        "PAGE_SIZE": 0 if table is None else x.k.shape[1], "SPLITS": splits,
-        "HAS_LEFT": pattern.window_left >= 0, "HAS_RIGHT": pattern.window_right >= 0,
-        "HAS_SINKS": pattern.sink_tokens > 0 and pattern.window_left >= 0,
-        "HAS_SOFTCAP": softcap > 0, "VEC": unit,
-    }  # fmt: skip
-
-
-def new_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Uninitialised out ``[B, Q, Hq, Dv]`` and log-sum-exp ``[B, Hq, Q]`` float32."""
-    batch, q_len, heads_q, _ = q.shape
-    out = q.new_empty(batch, q_len, heads_q, v.shape[-1])
-    return out, q.new_empty(batch, heads_q, q_len, dtype=torch.float32)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -225,42 +168,84 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def _decode(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, block_table: Tensor | None,
-    batch_idx: Tensor | None, leftpad: Tensor | None, key_mask: Tensor | None,
-    s_aux: Tensor | None, slopes: Tensor | None, scaling: float, left: int, right: int,
-    softcap: float, sink_tokens: int, num_splits: int,
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, cu_q: Tensor | None,
+    block_table: Tensor | None, batch_idx: Tensor | None, leftpad: Tensor | None,
+    key_mask: Tensor | None, s_aux: Tensor | None, slopes: Tensor | None,
+    k_descale: Tensor | None, v_descale: Tensor | None, new_keys: int, max_q: int, max_k: int,
+    scaling: float, left: int, right: int, softcap: float, sink_tokens: int, num_splits: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out, lse = new_outputs(q, v)
-    if out.shape[0] == 0 or out.shape[1] == 0:
-        return out, lse
-    slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
     x = Cache(
-        q, k, v, seqlens, block_table, batch_idx, leftpad,
-        None if key_mask is None else key_mask.contiguous(),
-        None if s_aux is None else s_aux.contiguous(),
-        None if slopes is None else slopes.contiguous(),
+        q=q, k=k, v=v, seqlens=seqlens, cu_q=cu_q, block_table=block_table, batch_idx=batch_idx,
+        leftpad=leftpad, key_mask=None if key_mask is None else key_mask.contiguous(),
+        s_aux=None if s_aux is None else s_aux.contiguous(),
+        slopes=None if slopes is None else slopes.contiguous(), k_descale=k_descale,
+        v_descale=v_descale, new_keys=new_keys, max_q=max_q, max_k=max_k,
     )  # fmt: skip
     pattern = Pattern(
         scaling=scaling, window_left=left, window_right=right, softcap=softcap,
         sink_tokens=sink_tokens,
     )  # fmt: skip
-    chip, units = chip_of(q.device.type, q.device.index), processors(q.device)
     with _on(q.device):
-        for launch in launches(x, pattern, num_splits, out, lse, chip, units):
-            launch.run()
+        out, lse, _ = _run(x, pattern, num_splits)
     return out, lse
+
+
+def _run(
+    x: Cache, pattern: Pattern, num_splits: int
+) -> tuple[Tensor, Tensor, list[tuple[Launch, Any]]]:
+    """out, lse, and the launches with what Triton returned from them."""
+    out, lse = new_outputs(x.q, x.v, packed=x.cu_q is not None)
+    if out.numel() == 0 or x.batch == 0 or x.longest == 0:
+        return out, lse, []
+    device = x.q.device
+    chip, units = chip_of(device.type, device.index), processors(device)
+    steps = launches(x, pattern, num_splits, out, lse, chip, units)
+    return out, lse, [(step, step.run()) for step in steps]
+
+
+def _append(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, seqlens: Tensor,
+    block_table: Tensor | None, batch_idx: Tensor | None, k_descale: Tensor | None,
+    v_descale: Tensor | None, cos: Tensor | None, sin: Tensor | None, interleaved: bool,
+    ordered: bool,
+) -> Tensor:  # fmt: skip
+    x = Cache(
+        q=q, k=k_cache, v=v_cache, seqlens=seqlens, block_table=block_table, batch_idx=batch_idx,
+        k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
+    rotary = None
+    if cos is not None and sin is not None:
+        rotary = Rotary(cos=cos, sin=sin, interleaved=interleaved, ordered=ordered)
+    launch, turned = append_launch(x, NewKeys(k=k, v=v, rotary=rotary))
+    with _on(q.device):
+        launch.run()
+    return q.new_empty(0) if turned is None else turned
 
 
 # A bare Library costs a third of what custom_op does at each call, and inference needs no autograd
 _LIBRARY = torch.library.Library("hf_attn", "FRAGMENT")
 _LIBRARY.define(
-    "decode(Tensor q, Tensor k, Tensor v, Tensor? seqlens, Tensor? block_table, Tensor? batch_idx, "
-    "Tensor? leftpad, Tensor? key_mask, Tensor? s_aux, Tensor? slopes, float scaling, int left, "
-    "int right, float softcap, int sink_tokens, int num_splits) -> (Tensor, Tensor)"
+    "decode(Tensor q, Tensor k, Tensor v, Tensor? seqlens, Tensor? cu_q, Tensor? block_table, "
+    "Tensor? batch_idx, Tensor? leftpad, Tensor? key_mask, Tensor? s_aux, Tensor? slopes, "
+    "Tensor? k_descale, Tensor? v_descale, int new_keys, int max_q, int max_k, float scaling, "
+    "int left, int right, float softcap, int sink_tokens, int num_splits) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "append(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor seqlens, "
+    "Tensor? block_table, Tensor? batch_idx, Tensor? k_descale, Tensor? v_descale, Tensor? cos, "
+    "Tensor? sin, bool interleaved, bool ordered) -> Tensor"
 )
 _LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
+_LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("hf_attn::decode", lib=_LIBRARY)
-def _(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return new_outputs(q, v)
+def _(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, cu_q: Tensor | None, *rest: object
+) -> tuple[Tensor, Tensor]:
+    return new_outputs(q, v, packed=cu_q is not None)
+
+
+@torch.library.register_fake("hf_attn::append", lib=_LIBRARY)
+def _(q: Tensor, *rest: object) -> Tensor:
+    return q.new_empty(q.shape if rest[9] is not None else 0)

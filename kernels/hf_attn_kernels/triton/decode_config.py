@@ -47,7 +47,7 @@ NVIDIA: Table = {
     ),
     (2, 512): (DecodeConfig(16, 16, 4, 3), DecodeConfig(32, 16, 8, 2)),
     (4, 64): (DecodeConfig(16, 64, 4, 2), DecodeConfig(32, 32, 4, 2)),
-    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 4, 2)),
+    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 8, 2)),
     (4, 256): (DecodeConfig(16, 16, 4, 2),),
     (4, 512): (DecodeConfig(16, 16, 8, 2),),
 }
@@ -69,6 +69,15 @@ SMALL: Table = {
     (4, 64): (DecodeConfig(16, 64, 4, 1), DecodeConfig(32, 32, 4, 1)),
     (4, 128): (DecodeConfig(16, 32, 4, 1),),
     (4, 256): (DecodeConfig(16, 16, 4, 1),),
+    (4, 512): (DecodeConfig(16, 16, 8, 1),),
+}
+
+# float32 products run on the vector units, operands in registers: float8 keys that are widened on
+# the way would spill beside a pipeline
+FLOAT32_OVER_FLOAT8: Table = {
+    (4, 64): (DecodeConfig(16, 64, 8, 1), DecodeConfig(32, 32, 4, 1)),
+    (4, 128): (DecodeConfig(16, 32, 8, 1), DecodeConfig(32, 32, 8, 1)),
+    (4, 256): (DecodeConfig(16, 16, 8, 1),),
     (4, 512): (DecodeConfig(16, 16, 8, 1),),
 }
 
@@ -99,15 +108,18 @@ def padded(dim: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def config_for(chip: str, itemsize: int, dim: int, rows: int) -> DecodeConfig:
+def config_for(chip: str, itemsize: int, dim: int, rows: int, stored: int) -> DecodeConfig:
     """The tile for `rows` rows: the smallest that holds them all, else the largest.
 
     Args:
         chip: a key of TABLES.
-        itemsize: bytes of an element of q, k and v.
+        itemsize: bytes of an element of q.
         dim: the larger head_dim of k and v.
+        stored: bytes of an element of the cache.
     """
     table = TABLES[chip]
+    if stored < itemsize == 4 and chip != "interpreter":
+        table = FLOAT32_OVER_FLOAT8
     width = min(w for size, w in table if size == itemsize and w >= padded(dim))
     tiles = table[(itemsize, width)]
     return next((tile for tile in tiles if tile.block_m >= rows), tiles[-1])

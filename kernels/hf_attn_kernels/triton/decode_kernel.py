@@ -24,6 +24,24 @@ def softcap_tanh(x):
 
 
 @triton.jit
+def widened(stored, to: tl.constexpr):
+    """float8_e4m3fn bytes as numbers of dtype `to`; exact, subnormals and NaN too.
+
+    By bits: not every chip has an instruction for this format. Its exponent and mantissa stand at
+    the upper end of float32's but for four bits more of exponent: a factor of 2**120.
+    """
+    bits = stored.to(tl.int8, bitcast=True).to(tl.int32) << 20  # the sign comes 4 times
+    x = (bits & -0x78100000).to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where(tl.abs(x) > 448.0, float("nan"), x).to(to)
+
+
+@triton.jit
+def within(number, count):
+    """Page numbers as int64, moved into the pool where a table says otherwise."""
+    return tl.minimum(tl.maximum(number, 0), count - 1).to(tl.int64)
+
+
+@triton.jit
 def tile_keys(
     step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi,
     HAS_SINKS: tl.constexpr, BN: tl.constexpr,
@@ -42,19 +60,28 @@ def tile_keys(
     return tile * BN, n, at
 
 
-@triton.jit(do_not_specialize=["k_len", "window_left", "window_right", "sink_tokens"])
+@triton.jit(
+    do_not_specialize=["q_len", "k_len", "room", "pages", "window_left", "window_right",
+                       "sink_tokens"]
+)  # fmt: skip
 def decode_kernel(
     q, k, v, out, lse, partial,
-    seqlens, block_table, batch_idx, leftpad, key_mask, alibi, s_aux,
+    seqlens, cu_q, block_table, batch_idx, leftpad, key_mask, alibi, s_aux, k_descale, v_descale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, table_sb, mask_sb, alibi_sb,
-    q_len, k_len, window_left, window_right, sink_tokens, scale, softcap,
+    kd_sb, vd_sb,
+    q_len, k_len, room, pages, window_left, window_right, sink_tokens, scale, softcap,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, VEC: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, FLOAT8: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """Grid (S * tiles of Q * G rows, Hkv, B).
+
+    A batch has `q_len` queries a row and, in `seqlens`, its keys beside `k_len` new ones; without
+    `seqlens` `k_len` keys. With `cu_q` rows are packed: `cu_q` and `seqlens` are offsets
+    ``[B + 1]`` and `q_len` is the tokens of all. `room` is what a row of the cache holds, `pages`
+    its pages (or rows): neither is left, whatever the lengths and the table say.
 
     Strides of q, k and v come in units of VEC elements, so that the compiler knows the alignment of
     a row also where it is no multiple of 16. `scale` turns a dot product into a base-2 score, or
@@ -64,6 +91,24 @@ def decode_kernel(
     m0 = (tl.program_id(0) // SPLITS) * BM
     head_kv = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
+    heads = tl.num_programs(1) * G
+
+    # first query in q, first row of out, first of lse and how far its heads are apart
+    q_first = b * 0
+    o_first = b * q_len
+    lse_first = b * heads * q_len
+    lse_sh = q_len
+    if cu_q is not None:
+        q_first = tl.load(cu_q + b).to(tl.int64)
+        o_first = q_first
+        lse_first = q_first
+        q_len = tl.load(cu_q + b + 1) - q_first.to(tl.int32)
+        kv_len = tl.load(seqlens + b + 1) - tl.load(seqlens + b)
+    elif seqlens is not None:
+        kv_len = tl.load(seqlens + b) + k_len
+    else:
+        kv_len = k_len
+    kv_len = tl.minimum(kv_len, room)
 
     m = m0 + tl.arange(0, BM)  # [BM] row = token * G + head of the group
     row_ok = m < q_len * G
@@ -72,8 +117,7 @@ def decode_kernel(
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
 
-    kv_len = k_len if seqlens is None else tl.load(seqlens + b)
-    start = 0 if leftpad is None else tl.load(leftpad + b)
+    start = 0 if leftpad is None else tl.maximum(tl.load(leftpad + b), 0)
     diagonal = kv_len - q_len  # token i sits at key position i + diagonal
     first_token = m0 // G
     last_token = tl.minimum((m0 + BM - 1) // G, q_len - 1)
@@ -85,6 +129,7 @@ def decode_kernel(
         lo = tl.maximum(lo, first_token + diagonal - window_left)
     if HAS_RIGHT:
         hi = tl.minimum(hi, last_token + diagonal + window_right + 1)
+    hi = tl.where(first_token < q_len, hi, lo)  # a tile behind a short row's queries
     first_tile = lo // BN
     tiles = tl.where(hi > lo, tl.cdiv(hi, BN) - first_tile, 0)
     sink_tiles = 0
@@ -104,12 +149,14 @@ def decode_kernel(
         all_hi = tl.minimum(all_hi, first_token + diagonal + window_right + 1)
 
     # [BM, BLOCK_D]
-    q_at = q + b * q_sb * VEC + token.to(tl.int64)[:, None] * q_st * VEC
+    q_at = q + b * q_sb * VEC + (q_first + token)[:, None] * q_st * VEC
     q_at += head.to(tl.int64)[:, None] * q_sh * VEC + d[None, :]
     queries = tl.load(q_at, mask=row_ok[:, None] & (d[None, :] < D), other=0.0)
     if alibi is not None:
         slope = tl.load(alibi + b * alibi_sb + head, mask=row_ok, other=0.0) * LOG2E
-    row = b if batch_idx is None else tl.load(batch_idx + b).to(tl.int64)
+    if k_descale is not None:
+        scale *= tl.load(k_descale + b * kd_sb + head_kv)
+    row = b if batch_idx is None else within(tl.load(batch_idx + b), pages)
     k_base = k + head_kv.to(tl.int64) * k_sh * VEC
     v_base = v + head_kv.to(tl.int64) * v_sh * VEC
     if PAGE_SIZE == 0:
@@ -131,7 +178,7 @@ def decode_kernel(
         )
         # tiles start at multiples of BN: one of these lies in one page
         where = n0 if PAGE_SIZE % BN == 0 else at
-        pages = tl.load(table + where // PAGE_SIZE, mask=begin < end, other=0)
+        numbers = tl.load(table + where // PAGE_SIZE, mask=begin < end, other=0)
     for step in tl.range(begin, end):
         n0, n, at = tile_keys(
             step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
@@ -140,7 +187,7 @@ def decode_kernel(
             k_off = at.to(tl.int64) * k_st * VEC
             v_off = at.to(tl.int64) * v_st * VEC
         else:
-            page = pages.to(tl.int64)
+            page = within(numbers, pages)
             k_off = page * k_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * k_st * VEC
             v_off = page * v_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * v_st * VEC
             next_n0, _, next_at = tile_keys(
@@ -148,13 +195,15 @@ def decode_kernel(
                 lo, hi, HAS_SINKS, BN,
             )  # fmt: skip
             next_where = next_n0 if PAGE_SIZE % BN == 0 else next_at
-            pages = tl.load(table + next_where // PAGE_SIZE)
+            numbers = tl.load(table + next_where // PAGE_SIZE)
 
         # [BN, BLOCK_D]
         if BLOCK_D == D:
             keys = tl.load(k_base + k_off[:, None] + d[None, :])
         else:
             keys = tl.load(k_base + k_off[:, None] + d[None, :], mask=d[None, :] < D, other=0.0)
+        if FLOAT8:
+            keys = widened(keys, queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [BM, BN]
         scores = scores * scale
         if HAS_SOFTCAP:
@@ -192,12 +241,15 @@ def decode_kernel(
             values = tl.load(v_at)
         else:
             values = tl.load(v_at, mask=dv[None, :] < DV, other=0.0)
+        if FLOAT8:
+            values = widened(values, queries.dtype)
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
 
-    # [BM] row of the outputs [B, Q, Hq, DV]
-    heads = tl.num_programs(1) * G
-    o_row = (b * q_len + token) * heads + head
+    if v_descale is not None:
+        acc *= tl.load(v_descale + b * vd_sb + head_kv)
+    # [BM] row of the outputs [B, Q, Hq, DV] or [T, Hq, DV]
+    o_row = (o_first + token) * heads + head
     if SPLITS == 1 and s_aux is not None:
         extra = tl.load(s_aux + head, mask=row_ok, other=0.0).to(tl.float32) * LOG2E
         higher = tl.maximum(top, extra)
@@ -211,7 +263,7 @@ def decode_kernel(
     o_mask = row_ok[:, None] & (dv[None, :] < DV)
     if SPLITS == 1:
         tl.store(out + o_row[:, None] * DV + dv[None, :], result.to(out.dtype.element_ty), o_mask)
-        lse_row = (b * heads + head) * q_len + token
+        lse_row = lse_first + head.to(tl.int64) * lse_sh + token
         tl.store(lse + lse_row, row_lse * LN2, row_ok)
     else:
         record = partial + (o_row * SPLITS + split) * (DV + RECORD_TAIL)
@@ -221,16 +273,20 @@ def decode_kernel(
 
 @triton.jit
 def reduce_kernel(
-    partial, s_aux, out, lse, q_len, heads,
+    partial, s_aux, out, lse, cu_q, q_len, heads, rows,
     DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rows of [B, Q, Hq], DV / BLOCK_C): combine a row's splits, and its extra logit."""
+    """Grid (rows of [B, Q, Hq] or [T, Hq], DV / BLOCK_C): combine the splits and the extra logit.
+
+    With `cu_q` ``[rows + 1]`` tokens are packed; those behind the last sequence stay as they are.
+    """
     row = tl.program_id(0).to(tl.int64)
+    some_row = True if cu_q is None else row // heads < tl.load(cu_q + rows)
     column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     s = tl.arange(0, BLOCK_S)
     head = row % heads
     record = partial + (row * SPLITS + s) * (DV + RECORD_TAIL)  # [BLOCK_S]
-    split_lse = tl.load(record + DV, mask=s < SPLITS, other=float("-inf"))
+    split_lse = tl.load(record + DV, mask=(s < SPLITS) & some_row, other=float("-inf"))
     top = tl.max(split_lse, 0)
     if s_aux is not None:
         extra = tl.load(s_aux + head).to(tl.float32) * LOG2E
@@ -245,9 +301,11 @@ def reduce_kernel(
     pieces = tl.load(record[:, None] + column[None, :], mask=wanted, other=0.0)
     some = tl.where(total == 0.0, 1.0, total)
     result = tl.sum(pieces * weights[:, None], 0) / some
-    tl.store(out + row * DV + column, result.to(out.dtype.element_ty), mask=column < DV)
+    tl.store(
+        out + row * DV + column, result.to(out.dtype.element_ty), mask=(column < DV) & some_row
+    )
     if tl.program_id(1) == 0:
         b = row // heads // q_len
         token = row // heads % q_len
         row_lse = tl.where(total == 0.0, float("-inf"), shift + tl.log2(some))
-        tl.store(lse + (b * heads + head) * q_len + token, row_lse * LN2)
+        tl.store(lse + (b * heads + head) * q_len + token, row_lse * LN2, some_row)

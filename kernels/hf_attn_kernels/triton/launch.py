@@ -71,11 +71,13 @@ class Launch:
     num_warps: int
     num_stages: int
 
-    def run(self) -> None:
-        if all(self.grid):
-            self.fn[self.grid](
-                **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+    def run(self) -> Any:
+        """The compiled kernel; None where there is nothing to do, and from the interpreter."""
+        if not all(self.grid):
+            return None
+        return self.fn[self.grid](
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,80 @@
+"""The gate before a timing: how far a contender's result may be from the float64 oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .contenders import Attention, Shape, eager
+
+ROUNDING_BAND = 2.0  # in units of the dtype's eps times the largest value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """How far a result may be from float64: twice same-dtype eager's own error, and a band."""
+
+    error: float
+    allowed: float
+
+    @property
+    def kept(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def forward_budget(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, shape: Shape, *, rows: int = 32
+) -> Budget:
+    """Compare three bands of query rows (first, middle, last) with the dense float64 oracle.
+
+    Bands, because the whole oracle of 16k tokens does not fit; a band with its keys cropped to its
+    last row's diagonal keeps the bottom-right alignment, so it is exact. Looks at the last batch
+    row; NaN or infinity anywhere in `out` is over any budget.
+    """
+    from hf_attn_kernels.reference import attention_reference
+
+    if not bool(out.isfinite().all()):
+        return Budget(error=float("nan"), allowed=0.0)
+    rows = min(rows, shape.seq_q)
+    error = allowed = 0.0
+    for start in sorted({0, (shape.seq_q - rows) // 2, shape.seq_q - rows}):
+        stop = start + rows
+        # without causality a band in the middle would need keys to the right of its diagonal
+        cropped = shape.causal
+        keys = shape.seq_k - shape.seq_q + stop if cropped else shape.seq_k
+        if not cropped and shape.window is not None and stop != shape.seq_q:
+            continue
+        band = replace(shape, seq_q=rows, seq_k=keys)
+        q_band, k_band, v_band = q[-1:, start:stop], k[-1:, :keys], v[-1:, :keys]
+        exact, _ = attention_reference(
+            q_band, k_band, v_band, causal=shape.causal, window_size=shape.window_size
+        )
+        plain = eager(q_band, k_band, v_band, replace(band, batch=1))
+        error = max(error, float((out[-1:, start:stop] - exact).abs().max()))
+        allowed = max(allowed, _allowed(plain, exact))
+    return Budget(error=error, allowed=allowed)
+
+
+def gradient_budgets(
+    grads: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor]
+) -> list[Budget]:
+    """dq, dk and dv against the exact gradients, given eager's in the same dtype."""
+    return [
+        Budget(error=float((got - want).abs().max()), allowed=_allowed(eager_own, want))
+        for got, want, eager_own in zip(grads, exact, plain, strict=True)
+    ]
+
+
+def _allowed(plain: Tensor, exact: Tensor) -> float:
+    band = ROUNDING_BAND * torch.finfo(plain.dtype).eps * float(exact.abs().max())
+    return 2.0 * float((plain - exact).abs().max()) + band
+
+
+def gradients(attention: Attention, tensors: Sequence[Tensor], shape: Shape) -> list[Tensor]:
+    """dq, dk, dv of the sum of squares over the first batch row, in the dtype of `tensors`."""
+    leaves = [x.detach()[:1].requires_grad_() for x in tensors]
+    out = attention(leaves[0], leaves[1], leaves[2], replace(shape, batch=1))
+    return list(torch.autograd.grad(out, leaves, out.detach()))
