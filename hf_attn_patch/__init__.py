@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import _on_import
 
 if TYPE_CHECKING:
+    from .cache.paged import PagedCache
     from .cache.rolling import RollingCache
     from .checks import check
     from .registry import (
@@ -35,6 +36,7 @@ __all__ = [
     "Accepted",
     "AttentionImpl",
     "Capabilities",
+    "PagedCache",
     "Rejected",
     "Requirements",
     "RollingCache",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "PagedCache": "cache.paged",
     "RollingCache": "cache.rolling",
     "check": "checks",
     "AttentionImpl": "registry",

@@ -16,6 +16,7 @@ from typing import Any
 from transformers import PretrainedConfig, masking_utils
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -32,6 +33,7 @@ from transformers.utils import logging
 
 __all__ = [
     "Cache",
+    "CacheLayerMixin",
     "DynamicCache",
     "DynamicLayer",
     "DynamicSlidingWindowLayer",
@@ -175,3 +177,18 @@ def head_dim_of(config: Any) -> int | None:
     hidden = getattr(config, "hidden_size", None)
     heads = getattr(config, "num_attention_heads", None)
     return hidden // heads if hidden and heads else None
+
+
+# --- continuous batching -------------------------------------------------------------------------
+
+
+def batching_config(*, page_size: int, pages: int) -> Any:
+    """transformers' ContinuousBatchingConfig; `page_size` was called block_size up to 5.18."""
+    from transformers import ContinuousBatchingConfig
+
+    fields = ContinuousBatchingConfig.__dataclass_fields__
+    name = "page_size" if "page_size" in fields else "block_size"
+    # else 5.19 and later put another implementation in the place of a name without "flash"
+    switch = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in fields else {}
+    given: dict[str, Any] = {name: page_size, "num_blocks": pages} | switch
+    return ContinuousBatchingConfig(**given)

@@ -111,6 +111,65 @@ class TestGenerate:
             texts.add(found["text"])
         assert len(texts) == 1
 
+    def test_pages_give_the_same_text_and_are_used_again(self, source: Path) -> None:
+        prompts = ["the quick brown fox jumps over the lazy", "the quick brown fox jumps high"]
+        arguments = [part for prompt in prompts for part in ("--prompt", prompt)]
+        texts = {}
+        for cache in ("dynamic", "paged"):
+            data = json_of("generate", source, *arguments, "--cache", cache, "--max-new-tokens", 6)
+            texts[cache] = [found["text"] for found in data["continuations"]]
+        assert texts["paged"] == texts["dynamic"]
+        assert [found["reused_tokens"] for found in data["continuations"]] == [0, 16]
+        assert data["cache"]["page_size"] == 16
+        assert data["cache"]["hit_rate"] > 0.2
+        smaller = json_of("generate", source, *arguments, "--cache", "paged-fp8")
+        assert smaller["cache"]["used_bytes"] < data["cache"]["used_bytes"]
+
+    def test_batch(self, source: Path, tmp_path: Path) -> None:
+        prompts = ["the fox", "a", "the quick brown fox jumps over the lazy dog and the lazy cat"]
+        file = tmp_path / "prompts.jsonl"
+        file.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) + "\n")
+        arguments = [part for prompt in prompts for part in ("--prompt", prompt)]
+        alone = json_of("generate", source, *arguments, "--attn", "eager", "--max-new-tokens", 6)
+        options = ("--max-new-tokens", 6, "--dtype", "float32")
+        data = json_of("generate", source, "--batch", file, *options)
+        assert data["implementation"] == "triton_paged_flash2"
+        assert [a["prompt"] for a in data["answers"]] == prompts
+        assert [a["text"] for a in data["answers"]] == [c["text"] for c in alone["continuations"]]
+        assert data["new_tokens_s"] > 0
+        result = invoke("generate", source, "--batch", file, *options)
+        assert [json.loads(line)["prompt"] for line in result.stdout.splitlines()] == prompts
+        assert "new tokens/s" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ('{"prompt": "a"}\n{"text": "b"}\n', "line 2"),
+            ("\n", "no prompts"),
+            ("[1]", "line 1"),
+        ],
+    )
+    def test_bad_batch(self, content: str, says: str, source: Path, tmp_path: Path) -> None:
+        file = tmp_path / "prompts.jsonl"
+        file.write_text(content)
+        result = invoke("generate", source, "--batch", file)
+        assert result.exit_code == 2, result.output
+        assert says in result.stderr
+
+    def test_prompt_or_batch(self, source: Path, tmp_path: Path) -> None:
+        for arguments, says in (
+            ([], "--prompt"),
+            (["--prompt", "a", "--batch", "b.jsonl"], "--batch"),
+            (["--batch", tmp_path / "none.jsonl"], "cannot be read"),
+            (["--batch", "b.jsonl", "--cache", "paged"], "--cache"),
+            (["--prompt", "a", "--pages", 4], "--pages"),
+            (["--prompt", "a", "--cache", "paged", "--attn", "sdpa"], "PagedCache"),
+            (["--prompt", "a", "--cache", "paged", "--page-size", 17], "page_size"),
+        ):
+            result = invoke("generate", source, *arguments)
+            assert result.exit_code == 2, (arguments, result.output)
+            assert says in result.stderr
+
     def test_text_on_stdout_rates_on_stderr(self, source: Path) -> None:
         result = invoke("generate", source, "--prompt", "a", "--prompt", "b", "--max-new-tokens", 1)
         assert result.exit_code == 0, result.output

@@ -203,6 +203,22 @@ def rolling_layers(config: Any, settings: SwaSettings) -> list[Any]:
     return [_rolling(layer, settings) for layer in layers]
 
 
+def layer_windows(config: Any, settings: SwaSettings) -> list[int | None]:
+    """The window of each of the model's layers, None for full attention.
+
+    Raises ValueError where a layer's state is no keys and values.
+    """
+    layers = DynamicCache(config=config).layers or [DynamicLayer()] * config.num_hidden_layers
+    kinds = {type(layer) for layer in layers} - {DynamicLayer, DynamicSlidingWindowLayer}
+    if kinds:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise ValueError(
+            f"a model of type {config.model_type!r} has layers that hold no pages of keys and "
+            f"values ({names}); use transformers' DynamicCache"
+        )
+    return [settings.narrow(getattr(layer, "sliding_window", None)) for layer in layers]
+
+
 def _rolling(layer: Any, settings: SwaSettings) -> Any:
     slides = type(layer) is DynamicSlidingWindowLayer
     if not slides and type(layer) is not DynamicLayer:

@@ -84,9 +84,12 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
 
 
 def greedy(
-    loaded: LoadedModel, inputs: Any, new_tokens: int, streamer: Any = None
+    loaded: LoadedModel, inputs: Any, new_tokens: int, streamer: Any = None, cache: Any = None
 ) -> tuple[int, ...]:
-    """The new tokens of one prompt, up to and with the end token."""
+    """The new tokens of one prompt, up to and with the end token.
+
+    `cache` None: a new one of transformers' own choice.
+    """
     ids = inputs["input_ids"].to(loaded.device)
     mask = inputs["attention_mask"].to(loaded.device)
     out = loaded.model.generate(
@@ -99,6 +102,7 @@ def greedy(
         top_p=None,
         top_k=None,
         streamer=streamer,
+        **({} if cache is None else {"past_key_values": cache}),
     )
     return tuple(out[0, ids.shape[1] :].tolist())
 

@@ -1,0 +1,200 @@
+"""One layer's keys and values in pages.
+
+Shape letters: B batch, S new tokens, Hkv KV heads, D / Dv head_dim of keys / values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_attn_kernels.fp8 import quantise
+
+from ..compat import CacheLayerMixin, implementation_of
+from ..registry import IMPLEMENTATIONS
+from .pool import NOBODYS
+
+if TYPE_CHECKING:
+    from .paged import PagedCache
+
+ATTRIBUTE = "hf_attn_layer"  # on the keys that `update` returns
+# the first tokens set the scale of float8 pages; later ones may be this many times as large
+FP8_HEADROOM = 4.0
+
+
+def layer_of(keys: Tensor) -> PagedLayer | None:
+    """The paged layer that keys come from, None for keys of any other cache."""
+    return getattr(keys, ATTRIBUTE, None)
+
+
+def check_reader(config: Any) -> None:
+    """Raises ValueError unless a model's attention implementation can read a PagedCache."""
+    name, readers = implementation_of(config), [impl.name for impl in IMPLEMENTATIONS]
+    if name not in readers:
+        raise ValueError(
+            f"a PagedCache is read by {', '.join(readers)}, this model has "
+            f"attn_implementation={name!r}: load it with one of these, or use transformers' "
+            "DynamicCache"
+        )
+
+
+def _dtype_of(x: Tensor) -> torch.dtype:
+    """What attention computes in: under autocast that is not what comes in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class PagedLayer(CacheLayerMixin):
+    """Pages of one layer, ``[pages, page_size, Hkv, D]`` and ``[..., Dv]``.
+
+    `update` stores nothing: it hands the new keys on with a mark, and the attention function, which
+    knows the mask, has them written. That is why this works with our implementations only.
+    """
+
+    is_croppable = True
+    is_sliding = False  # masks are made for all tokens; the kernels apply the window
+
+    def __init__(self, cache: PagedCache, window: int | None, number: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.cache, self.window, self.number = cache, window, number
+        self.length = 0  # of the batch, padding included
+        self.k_pages: Tensor | None = None
+        self.v_pages: Tensor | None = None
+        self.k_descale: Tensor | None = None  # [Hkv] float32, of float8 pages
+        self.v_descale: Tensor | None = None
+        self._on_host: tuple[list[int], Tensor, Tensor] | None = None
+
+    # -- transformers' side ------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device = key_states.device
+        self.shapes = tuple((x.shape[1], x.shape[3]) for x in (key_states, value_states))
+        self.compute_dtype = _dtype_of(key_states)
+        self.dtype = self.cache.page_dtype or self.compute_dtype
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``: the same, marked as this layer's."""
+        check_reader(self.cache.config)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self._check_same_model(key_states, value_states)
+        self.cache.expect(self)
+        keys = key_states.view_as(key_states)  # the mark must not stay on somebody else's tensor
+        setattr(keys, ATTRIBUTE, self)
+        return keys, value_states
+
+    def _check_same_model(self, keys: Tensor, values: Tensor) -> None:
+        found = tuple((x.shape[1], x.shape[3]) for x in (keys, values))
+        dtype = _dtype_of(keys)
+        if (found, keys.device, dtype) != (self.shapes, self.device, self.compute_dtype):
+            (heads, dim), _ = self.shapes
+            raise ValueError(
+                f"this cache's layer {self.number} holds {heads} KV heads of head_dim {dim} in "
+                f"{self.compute_dtype} on {self.device}, and got {found[0][0]} of {found[0][1]} in "
+                f"{dtype} on {keys.device}: it belongs to another model; make a new PagedCache"
+            )
+
+    def get_seq_length(self) -> int:
+        """Tokens of the batch, padding included."""
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The older name of :meth:`get_max_length`."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Of keys and values; 0 before the first update."""
+        if not self.is_initialized:
+            return 0
+        numbers = sum(heads * dim for heads, dim in self.shapes)
+        return numbers * self.cache.page_size * self.dtype.itemsize
+
+    @property
+    def allocated(self) -> int:
+        """Bytes on the device."""
+        return sum(x.nbytes for x in (self.k_pages, self.v_pages) if x is not None)
+
+    @property
+    def pages(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, on the device and as large as the pool has become."""
+        size = self.cache.rows.tables[self.window].pool.size
+        if self._on_host is not None:
+            self._fetch()
+        if self.k_pages is None or self.v_pages is None or self.k_pages.shape[0] < size:
+            self.k_pages = self._grown(self.k_pages, self.shapes[0], size)
+            self.v_pages = self._grown(self.v_pages, self.shapes[1], size)
+        return self.k_pages, self.v_pages
+
+    def _grown(self, old: Tensor | None, shape: tuple[int, int], size: int) -> Tensor:
+        heads, dim = shape
+        new = torch.empty(
+            size, self.cache.page_size, heads, dim, dtype=self.dtype, device=self.device
+        )
+        if old is not None:
+            new[: old.shape[0]] = old
+        return new
+
+    def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Contents of the first page of each pair to the second."""
+        if not pairs or not self.is_initialized:
+            return
+        source, target = torch.tensor(pairs, device=self.device).unbind(1)
+        for x in self.pages:
+            x[target] = x[source]
+
+    def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+        """Keys ``[B, S, Hkv, D]`` and values at `slots` ``[B, S]``: page * page_size + place."""
+        self.set_scales(keys, values, slots)
+        new = (self._stored(keys, self.k_descale), self._stored(values, self.v_descale))
+        for pages, x in zip(self.pages, new, strict=True):
+            pages.view(-1, *pages.shape[2:])[slots] = x
+
+    def set_scales(self, keys: Tensor, values: Tensor, slots: Tensor | None = None) -> None:
+        """With float8 pages: choose the scales, once, by the first real tokens."""
+        if self.cache.page_dtype is None or self.k_descale is not None:
+            return
+        largest = torch.finfo(self.dtype).max
+        for name, x in (("k_descale", keys), ("v_descale", values)):
+            size = x.detach().abs().amax(-1).float()  # [B, S, Hkv]
+            if slots is not None:
+                size = size * (slots >= self.cache.page_size * (NOBODYS + 1))[..., None]
+            top = size.amax((0, 1)).clamp_min(torch.finfo(torch.float32).tiny * largest)
+            setattr(self, name, top * (FP8_HEADROOM / largest))
+
+    def _stored(self, x: Tensor, descale: Tensor | None) -> Tensor:
+        return x if descale is None else quantise(x, descale[None])
+
+    def to_host(self, used: list[int]) -> None:
+        """Move the pages `used` to main memory and let go of the device's."""
+        if self.k_pages is not None and self.v_pages is not None and self._on_host is None:
+            k, v = (x[used].to("cpu") for x in (self.k_pages, self.v_pages))
+            self._on_host = (used, k, v)
+            self.k_pages = self.v_pages = None
+
+    def _fetch(self) -> None:
+        assert self._on_host is not None
+        used, *stored = self._on_host
+        self._on_host = None
+        for pages, x in zip(self.pages, stored, strict=True):
+            pages[used] = x.to(self.device)
+
+    def reset(self) -> None:
+        self.length = 0
+        self.k_descale = self.v_descale = None
+        self.k_pages = self.v_pages = None
+        self._on_host = None

@@ -1,0 +1,95 @@
+"""Attention over a PagedCache: the new keys go into their pages, the queries read pages in place.
+
+Shape letters as in :mod:`.cache.layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_attn_kernels import flash_attn_with_kvcache
+
+from . import mask_forms
+from .cache.layer import PagedLayer
+
+if TYPE_CHECKING:
+    from .forward import Call
+
+INSTEAD = "use transformers' DynamicCache"
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # tables are kept in plain Python
+def run(call: Call, layer: PagedLayer, dense: Callable[[Call], Tensor]) -> Tensor:
+    """``[B, S, Hq, Dv]``; `dense` attends to the call's own keys alone.
+
+    Raises:
+        ValueError: a mask or a feature that pages cannot serve.
+    """
+    cache, (batch, _, new, _) = layer.cache, call.query.shape
+    visible = mask_forms.read(call.mask, layer.length + new)
+    _check(call, layer, visible)
+    step = cache.enter(layer, batch, new, visible.padding)
+    table = cache.on_device[layer.window]
+    q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
+    k, v = k.to(layer.compute_dtype), v.to(layer.compute_dtype)
+    if step.fresh:  # nothing to read back
+        layer.write(k, v, table.slots(step))
+        return dense(call)
+    # keys that all come at the end of their row are appended by the kernel itself
+    together = step.whole and not table.doubles
+    if together:
+        layer.set_scales(k, v)
+    else:
+        layer.write(k, v, table.slots(step))
+    k_pages, v_pages = layer.pages
+    out = flash_attn_with_kvcache(
+        q.to(layer.compute_dtype),
+        k_pages,
+        v_pages,
+        k=k if together else None,
+        v=v if together else None,
+        cache_seqlens=step.held if together else step.grown,
+        block_table=table.table,
+        softmax_scale=call.scaling,
+        causal=True,
+        window_size=(-1 if call.window is None else call.window - 1, 0),
+        softcap=call.softcap or 0.0,
+        s_aux=call.s_aux,
+        sink_tokens=call.sinks if call.window is not None else 0,
+        k_descale=layer.k_descale,
+        v_descale=layer.v_descale,
+    )
+    assert isinstance(out, Tensor)  # no log-sum-exp was asked for
+    return out.contiguous()
+
+
+def _check(call: Call, layer: PagedLayer, visible: mask_forms.Visible) -> None:
+    kind = layer.cache.config.model_type
+    wrong = None
+    if not call.causal or not visible.banded or visible.dense is not None:
+        wrong = "a mask of its own beside causality, windows and padding"
+    elif visible.offsets is not None or call.cu_seqlens_q is not None:
+        wrong = "packed sequences, which a cache cannot continue"
+    elif call.position_bias is not None:
+        wrong = "a position bias, which the kernels over pages do not add"
+    elif call.dropout:
+        wrong = "dropout, which belongs to training (model.eval() turns it off)"
+    if wrong is not None:
+        raise ValueError(
+            f"a PagedCache cannot serve this {kind!r} model: it asks for {wrong}; {INSTEAD}"
+        )
+    if torch.is_grad_enabled() and call.key.requires_grad:
+        raise ValueError(
+            "a PagedCache keeps no gradients: call the model under torch.no_grad(), or train "
+            "without a cache (use_cache=False)"
+        )
+    narrower = layer.window is None or (call.window is not None and call.window <= layer.window)
+    if not narrower:
+        raise ValueError(
+            f"layer {layer.number} looks back {call.window or 'without a limit'}, but this cache "
+            f"keeps {layer.window} tokens for it, as the model's config said: {INSTEAD}"
+        )
