@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hf_attn_converters import ConvertResult, MergeMethod
     from hf_attn_converters.calibration import Calibration
 
+CALIBRATION = "calibration.txt"
 SUBJECTS = ("smollm2", "minilm", "rxnmapper", "fixture")
 
 
@@ -56,6 +57,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--tokens", type=int, help="to calibrate on, at most")
     add("--sequence-length", type=int, help="tokens of a calibration sequence")
     add("--steps", type=int, help="of the fit, per layer")
+    add("--own-text", type=float, default=0.0, help="share of the tokens that the model writes")
     add("--eval-size", type=int, help="tokens, sentences or reactions of each evaluation")
     add("--folder", type=Path, help="where to write conversions meanwhile (the temporary folder)")
     add("--out", type=Path, help="CSV to append to")
@@ -95,7 +97,9 @@ def run(args: argparse.Namespace) -> list[Measured]:
             progress_bar(quiet=args.json) as update,
         ):
             job = Job(args.subject, subject, source, texts, Path(work), kv, update)
-            calibration = job.calibration(args.tokens, args.sequence_length, args.steps)
+            calibration = job.calibration(
+                args.tokens, args.sequence_length, args.steps, args.own_text
+            )
             results = [job.convert(method, calibration) for method in methods]
             fresh = [
                 row
@@ -128,18 +132,23 @@ class Job:
     update: Callable[[str, int, int], None]  # (what, done, of how many)
 
     def calibration(
-        self, tokens: int | None, sequence_length: int | None, steps: int | None
+        self,
+        tokens: int | None,
+        sequence_length: int | None,
+        steps: int | None,
+        own_text: float = 0.0,
     ) -> Calibration:
         """The subject's where None; without text, what the model does without."""
         from hf_attn_converters.calibration import Calibration
 
         text = None
         if self.texts.calibration is not None:
-            text = self.work / "calibration.txt"
+            text = self.work / CALIBRATION
             text.write_text(self.texts.calibration, encoding="utf-8")
         given: dict[str, Any] = {} if tokens is None else {"tokens": tokens}
         return Calibration(
             text=text,
+            own_text=own_text,
             sequence_length=sequence_length or self.subject.sequence_length,
             fit=self.subject.fit if steps is None else replace(self.subject.fit, steps=steps),
             **given,
@@ -158,6 +167,11 @@ class Job:
                 f"{self.kv} KV heads, {method.name}", done, total
             ),
         )
+
+    def origin(self, record: dict[str, Any]) -> str:
+        """What a conversion was calibrated on; the temporary file's name says nothing."""
+        named = self.texts.origin or CALIBRATION
+        return str(record.get("origin", "")).replace(f"text of {CALIBRATION}", named)
 
     def score(
         self, results: Sequence[ConvertResult], name: str, text: str, size: int
@@ -180,8 +194,7 @@ class Job:
                     kv_before=result.plan.kv_heads_before,
                     kv_after=self.kv,
                     method=result.plan.method,
-                    # the temporary file's name says nothing
-                    calibration=(self.texts.origin or record["origin"]) if record else "",
+                    calibration=self.origin(record),
                     calibration_tokens=record.get("tokens"),
                     sequence_length=record.get("sequence_length"),
                     steps=fit.get("steps"),
