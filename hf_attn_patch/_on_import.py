@@ -14,6 +14,8 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from . import flash_names
+
 MODELLING = "transformers.modeling_utils"
 
 
@@ -22,6 +24,8 @@ def register_with_transformers() -> None:
     _when_imported(MODELLING, _register_implementations)
     _when_imported("transformers.models.auto.configuration_auto", _register_configurations)
     _when_imported("transformers.models.auto.modeling_auto", _register_models)
+    for module in flash_names.LISTING:
+        _when_imported(module, flash_names.admit)
 
 
 def _register_implementations() -> None:

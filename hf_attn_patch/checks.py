@@ -81,7 +81,7 @@ def _model_verdict(
             f"transformers has no model class for {config.model_type!r}",
             "pass the model itself instead of its config or name",
         )
-    refused = guard.refusal(model_class, config.model_type)
+    refused = guard.refusal(model_class, config.model_type, impl.name)
     if refused is not None:
         return Rejected(*refused)
     text = config.get_text_config(decoder=True)

@@ -30,6 +30,27 @@ def fa2_forward(
     return attend("triton_fa2", OWN_WINDOWS, module, query, key, value, attention_mask, **kwargs)
 
 
+def paged_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``triton_paged_flash2``: as ``triton_fa2``, and continuous batching where a `cache` comes."""
+    from .forward import attend
+    from .swa_settings import OWN_WINDOWS
+
+    if cache is not None:
+        from .continuous import attend_pages
+
+        return attend_pages(module, query, key, value, cache, **kwargs), None
+    name = "triton_paged_flash2"
+    return attend(name, OWN_WINDOWS, module, query, key, value, attention_mask, **kwargs)
+
+
 def swa_forward(
     module: nn.Module,
     query: Tensor,
@@ -58,6 +79,15 @@ def fa2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> T
     return answer("triton_fa2", OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
 
 
+def paged_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """Mask for ``triton_paged_flash2``: as for ``triton_fa2``; continuous batching reads none."""
+    from .masks import answer
+    from .swa_settings import OWN_WINDOWS
+
+    name = "triton_paged_flash2"
+    return answer(name, OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
+
+
 def swa_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_swa``: the same, narrowed to the configured window and sinks."""
     from .masks import answer
@@ -76,3 +106,11 @@ def interfaces() -> tuple[tuple[str, dict[str, Any]], ...]:
         ("attention", AttentionInterface._global_mapping),
         ("mask", AttentionMaskInterface._global_mapping),
     )
+
+
+def batching_prefix() -> str:
+    """What continuous batching puts before a name; from transformers 5.19 on, nothing."""
+    import transformers
+
+    major, minor = transformers.__version__.split(".")[:2]
+    return "paged|" if (int(major), int(minor)) < (5, 19) else ""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
 
-from . import compat, mask_forms
+from . import compat, mask_forms, paged
+from .cache.layer import layer_of
 from .swa_settings import SwaSettings
 
 logger = compat.logging.get_logger(__name__)
@@ -78,8 +79,8 @@ def attend(
         )
     if cache is not None:
         raise ValueError(
-            f"attn_implementation={name!r} got the paged cache of generate_batch, which it does "
-            "not read; use attn_implementation='sdpa' for continuous batching"
+            f"attn_implementation={name!r} got the cache of continuous batching (generate_batch), "
+            "which it does not read; use attn_implementation='triton_paged_flash2'"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     window = settings.narrow(sliding_window) if causal else sliding_window
@@ -107,6 +108,12 @@ def attend(
 
 def run(call: Call) -> Tensor:
     """``[B, Q, Hq, Dv]``, contiguous."""
+    layer = layer_of(call.key)
+    return _run_dense(call) if layer is None else paged.run(call, layer, _run_dense)
+
+
+def _run_dense(call: Call) -> Tensor:
+    """Over the keys of the call itself."""
     visible = mask_forms.read(call.mask, call.key.shape[2])
     # to the kernels' [B, S, H, D]
     q, k, v = (x.transpose(1, 2) for x in _one_dtype(call.query, call.key, call.value))

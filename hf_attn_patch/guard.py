@@ -43,14 +43,19 @@ def remove() -> None:
     _names, _handle = frozenset(), None
 
 
-def refusal(model_class: type[PreTrainedModel], model_type: str) -> tuple[str, str] | None:
-    """(reason, fix) why a model class cannot take our names, None if it can."""
+def refusal(
+    model_class: type[PreTrainedModel], model_type: str, name: str
+) -> tuple[str, str] | None:
+    """(reason, fix) why a model class cannot take the implementation `name`, None if it can."""
     from . import compat
     from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
 
-    if model_type in ADAPTERS:
+    adapter = ADAPTERS.get(model_type)
+    if adapter is not None and name not in adapter.unfit:
         return None
-    if compat.ignores_interface(model_class):
+    if adapter is not None:
+        reason = adapter.unfit[name]
+    elif compat.ignores_interface(model_class):
         reason = (
             f"{model_class.__name__} computes its attention itself; transformers' code for "
             f"{model_type!r} does not call the attention function of that name"
@@ -89,11 +94,7 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     if not isinstance(module, compat.PreTrainedModel):
         return
     wanted = config._attn_implementation
-    adapter = ADAPTERS.get(config.model_type)
-    if adapter is not None:
-        adapter.install(wanted)
-        return
-    refused = refusal(type(module), config.model_type)
+    refused = refusal(type(module), config.model_type, wanted)
     if refused is not None:
         reason, fix = refused
         raise ValueError(
@@ -101,4 +102,8 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
             "part of a larger model, name an implementation for each part, such as "
             f'attn_implementation={{"text_config": "{wanted}", "": "eager"}}.'
         )
-    compat.learn_traits(module)
+    adapter = ADAPTERS.get(config.model_type)
+    if adapter is not None:
+        adapter.install(wanted)
+    else:
+        compat.learn_traits(module)

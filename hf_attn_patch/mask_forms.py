@@ -8,6 +8,7 @@ bool ``[B, L]``           the same, keys where it is False hidden; only the firs
 bool ``[B, 1, 1, K]``     it says all there is to say, and the same for every query
 any ``[B|1, H|1, Q, K]``  it says all there is to say; bool (True = keep) or added to the scores
 int32 ``[L, R + 1]``      R packed sequences, each row their offsets; the longest has L tokens
+int32 ``[0, 0]``          packed sequences that could not be counted; whoever reads it, raises
 ========================  ========================================================================
 
 Where nothing is hidden but the form needs a tensor, it is one True expanded: strides of 0 say so,
@@ -59,14 +60,29 @@ def packed(sequence_of_token: Tensor) -> Tensor:
     return offsets[None].expand(longest, -1)
 
 
+def uncounted(device: torch.device | str) -> Tensor:
+    """The form for a CUDA graph that is being captured, where counting sequences is impossible.
+
+    Continuous batching captures such graphs, and brings its offsets along instead of reading this.
+    """
+    return torch.empty((0, 0), dtype=torch.int32, device=device)
+
+
 def read(mask: Tensor | None, key_length: int) -> Visible:
     """What `mask` means to a call with `key_length` keys.
 
     Raises:
-        ValueError: a form that is none of the table's, or more columns than keys.
+        ValueError: a form that is none of the table's, more columns than keys, or packed sequences
+            that were not counted.
     """
     if mask is None:
         return Visible(keys=key_length, banded=True)
+    if mask.numel() == 0 and mask.dtype == torch.int32:
+        raise ValueError(
+            "packed sequences cannot be captured in a CUDA graph: their number is in position_ids, "
+            "which a graph cannot look at. Pass cu_seq_lens_q, cu_seq_lens_k, max_length_q and "
+            "max_length_k with the call, or pad the batch."
+        )
     if mask.dim() == 2 and mask.dtype == torch.int32:
         return Visible(keys=key_length, banded=True, offsets=mask[0], longest=mask.shape[0])
     columns = mask.shape[-1]

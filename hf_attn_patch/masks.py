@@ -66,6 +66,8 @@ def build(request: MaskRequest, settings: SwaSettings) -> Tensor | None:
     if pattern is None:
         return _dense(request, settings, None)
     if pattern.packed is not None:
+        if _captured(pattern.packed):
+            return mask_forms.uncounted(request.device)
         if torch.compiler.is_compiling() or not _takes_compact(request, pattern):
             return _dense(request, settings, pattern)
         return mask_forms.packed(pattern.packed)
@@ -78,6 +80,11 @@ def _takes_compact(request: MaskRequest, pattern: Pattern) -> bool:
     # 2D masks are for models made for FlashAttention; a window must then come with the call
     traits = compat.traits(request.config)
     return traits.compact_masks and (pattern.window is None or traits.passes_window)
+
+
+def _captured(x: Tensor) -> bool:
+    """Whether work on `x` is being recorded into a CUDA graph, which cannot look at its values."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _causal(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor | None:

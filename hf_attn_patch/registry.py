@@ -6,11 +6,11 @@ door in :mod:`.entry`, add a literal to ``IMPLEMENTATIONS``. Importing this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from . import entry, guard
+from . import entry, flash_names, guard
 from .requirements import DeviceRequirement, Requirements
 
 
@@ -34,7 +34,8 @@ class Capabilities:
     packed: bool = True
     dropout: bool = True
     backward: bool = True
-    paged: bool = False
+    paged: bool = True  # PagedCache, for generate()
+    continuous_batching: bool = False  # transformers' generate_batch and server
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,14 @@ IMPLEMENTATIONS: tuple[AttentionImpl, ...] = (
         supports=Capabilities(sink_tokens=True, rolling_cache=True),
         requires=ON_ANY_DEVICE,
     ),
+    AttentionImpl(
+        name="triton_paged_flash2",  # transformers batches continuously for names with "flash" only
+        summary="triton_fa2, and continuous batching (generate_batch, transformers serve) in place",
+        forward=entry.paged_forward,
+        mask=entry.paged_mask,
+        supports=Capabilities(continuous_batching=True),
+        requires=ON_ANY_DEVICE,
+    ),
 )
 
 
@@ -112,21 +121,19 @@ def register(names: Iterable[str] | None = None) -> None:
             registered then.
     """
     chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
-    for impl in chosen:
-        for kind, table in entry.interfaces():
-            other = table.get(impl.name)
-            if other is not None and not _is_ours(other):
-                raise ValueError(
-                    f"the {kind} name {impl.name!r} is already registered by "
-                    f"{getattr(other, '__module__', '?')}.{getattr(other, '__qualname__', other)}; "
-                    "it is not overwritten. Remove that registration first, or register() only the "
-                    "other names."
-                )
-    for impl in chosen:
-        for (_, table), function in zip(entry.interfaces(), (impl.forward, impl.mask), strict=True):
-            table[impl.name] = function
-    names = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
-    guard.install(names)
+    places = [place for impl in chosen for place in _places(impl)]
+    for place in places:
+        other = place.table.get(place.key)
+        if other is not None and not _is_ours(other):
+            raise ValueError(
+                f"the {place.kind} name {place.key!r} is already registered by "
+                f"{getattr(other, '__module__', '?')}.{getattr(other, '__qualname__', other)}; "
+                "it is not overwritten. Remove that registration first, or register() only the "
+                "other names."
+            )
+    for place in places:
+        place.table[place.key] = place.function
+    _watch()
 
 
 def unregister(names: Iterable[str] | None = None) -> None:
@@ -140,18 +147,41 @@ def unregister(names: Iterable[str] | None = None) -> None:
     """
     chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
     for impl in chosen:
-        for _, table in entry.interfaces():
-            if _is_ours(table.get(impl.name)):
-                del table[impl.name]
-    left = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
+        for place in _places(impl):
+            if _is_ours(place.table.get(place.key)):
+                del place.table[place.key]
     guard.remove()
-    if left:
-        guard.install(left)
+    _watch()
 
 
 def is_registered(name: str) -> bool:
     """Whether transformers now knows `name`, and means this package by it."""
     return all(_is_ours(table.get(name)) for _, table in entry.interfaces())
+
+
+class _Place(NamedTuple):
+    """One entry of one of transformers' tables."""
+
+    kind: str
+    table: dict[str, Any]
+    key: str
+    function: Callable[..., Any]
+
+
+def _places(impl: AttentionImpl) -> Iterator[_Place]:
+    (attention, attentions), (mask, masks) = entry.interfaces()
+    yield _Place(attention, attentions, impl.name, impl.forward)
+    yield _Place(mask, masks, impl.name, impl.mask)
+    if impl.supports.continuous_batching and entry.batching_prefix():
+        # without a mask: this name only ever gets a batch of the manager's, which needs none
+        yield _Place(attention, attentions, entry.batching_prefix() + impl.name, impl.forward)
+
+
+def _watch() -> None:
+    names = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
+    if names:
+        guard.install(names)
+    flash_names.install(frozenset(name for name in names if "flash" in name))
 
 
 def _is_ours(function: object) -> bool:

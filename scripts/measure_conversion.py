@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,7 +168,7 @@ class Job:
             ),
         )
 
-    def origin(self, record: dict[str, Any]) -> str:
+    def origin(self, record: Mapping[str, Any]) -> str:
         """What a conversion was calibrated on; the temporary file's name says nothing."""
         named = self.texts.origin or CALIBRATION
         return str(record.get("origin", "")).replace(f"text of {CALIBRATION}", named)

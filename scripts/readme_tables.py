@@ -46,7 +46,8 @@ FEATURES = {
     "packed": "packed sequences",
     "dropout": "dropout",
     "backward": "backward",
-    "paged": "paged KV cache",
+    "paged": "keys and values in pages (`PagedCache`)",
+    "continuous_batching": "continuous batching (`generate_batch`, `transformers serve`)",
 }
 
 

@@ -94,17 +94,19 @@ def test_strategies(strategy: str, name: str, inputs: dict[str, Tensor]) -> None
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "gpt_oss", "falcon_gqa"])
 def test_assisted(name: str) -> None:
+    """Guesses of another model change nothing, whatever of them is taken back."""
     spec = BY_ID[name]
-    assistant = copy.deepcopy(build(spec, "eager"))
+    assistant = copy.deepcopy(build(spec, "triton_fa2"))
     with torch.no_grad():
         for parameter in assistant.parameters():  # wrong often enough, so that guesses are dropped
             parameter.add_(0.02 * torch.randn_like(parameter))
-    inputs = {"input_ids": tokens(1, 37)}
-    cache = fresh(spec)
-    ours, theirs = both(spec, inputs, cache, assistant_model=assistant)
+    ids, cache = tokens(1, 37), fresh(spec)
+    ours = build(spec, cache.config._attn_implementation).generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=24,
+        min_new_tokens=24, do_sample=False, assistant_model=assistant,
+    )  # fmt: skip
+    _, theirs = both(spec, {"input_ids": ids}, fresh(spec))
     assert torch.equal(ours, theirs)
-    alone, _ = both(spec, inputs, fresh(spec))
-    assert torch.equal(ours, alone)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])

@@ -17,7 +17,7 @@ import hf_attn_patch
 from hf_attn_patch import Accepted, Rejected, check, entry
 from hf_attn_patch.requirements import DeviceRequirement
 
-NAMES = ("triton_fa2", "triton_swa")
+NAMES = ("triton_fa2", "triton_swa", "triton_paged_flash2")
 LLAMA = next(spec for spec in EVERY if spec.id == "llama")
 
 
@@ -86,8 +86,47 @@ def test_a_name_of_somebody_else_is_not_overwritten(kind: int, registered_again:
 
 @pytest.mark.parametrize("call", [hf_attn_patch.register, hf_attn_patch.unregister])
 def test_unknown_name(call: Any) -> None:
-    with pytest.raises(ValueError, match="possible: triton_fa2, triton_swa"):
+    with pytest.raises(ValueError, match="possible: triton_fa2, triton_swa, triton_paged_flash2"):
         call(["triton_fa3"])
+
+
+@pytest.mark.parametrize("where", ["AttentionInterface", "paged prefix"])
+def test_a_paged_name_of_somebody_else_is_not_overwritten(
+    where: str, registered_again: None
+) -> None:
+    key = "triton_paged_flash2"
+    if where == "paged prefix":
+        if not entry.batching_prefix():
+            pytest.skip("this transformers has no prefix")
+        key = entry.batching_prefix() + key
+    hf_attn_patch.unregister()
+    tables()[0][key] = test_unknown_name
+    try:
+        with pytest.raises(ValueError, match="already registered by"):
+            hf_attn_patch.register(["triton_paged_flash2"])
+        assert not hf_attn_patch.is_registered("triton_paged_flash2")
+    finally:
+        del tables()[0][key]
+
+
+def test_the_prefixed_name_comes_and_goes(registered_again: None) -> None:
+    """Up to transformers 5.18 continuous batching asks for it, and for no mask of that name."""
+    prefixed = entry.batching_prefix() + "triton_paged_flash2"
+    assert prefixed in tables()[0]
+    assert (prefixed in tables()[1]) == (not entry.batching_prefix())
+    hf_attn_patch.unregister(["triton_paged_flash2"])
+    assert not any("triton_paged_flash2" in key for table in tables() for key in table)
+
+
+def test_falcon_and_continuous_batching() -> None:
+    """Its layers drop what the manager passes: refused, and the other names are not."""
+    falcon = next(s for s in EVERY if s.id == "falcon_gqa")
+    with pytest.raises(ValueError, match=r"Falcon.*generate_batch.*Instead: .*triton_fa2"):
+        build(falcon, "triton_paged_flash2")
+    config = transformers.FalconConfig(**falcon.arguments)
+    verdict = check(config, "cpu", "triton_paged_flash2")
+    assert isinstance(verdict, Rejected) and "generate_batch" in verdict.reason
+    assert check(config, "cpu", "triton_fa2").ok
 
 
 def test_name_can_be_set_and_changed_at_run_time() -> None:
@@ -237,7 +276,7 @@ ORDERS = {
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_registered_whatever_is_imported_first(order: str) -> None:
     code = f"{order}\nprint(*map(hf_attn_patch.is_registered, {NAMES}))"
-    assert run_fresh(code) == "True True"
+    assert run_fresh(code).split() == ["True"] * len(NAMES)
 
 
 def test_import_and_listing_cost_nothing() -> None:
@@ -261,7 +300,7 @@ def test_continuous_batching_cache_is_refused() -> None:
 
     module = build(LLAMA, "triton_fa2").model.layers[0].self_attn
     q = torch.randn(1, 4, 3, 16)
-    with pytest.raises(ValueError, match="continuous batching"):
+    with pytest.raises(ValueError, match=r"continuous batching.*triton_paged_flash2"):
         fa2_forward(module, q, q[:, :2], q[:, :2], None, cache=object())
 
 

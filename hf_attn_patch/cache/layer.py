@@ -32,7 +32,7 @@ def layer_of(keys: Tensor) -> PagedLayer | None:
 
 def check_reader(config: Any) -> None:
     """Raises ValueError unless a model's attention implementation can read a PagedCache."""
-    name, readers = implementation_of(config), [impl.name for impl in IMPLEMENTATIONS]
+    name, readers = implementation_of(config), [i.name for i in IMPLEMENTATIONS if i.supports.paged]
     if name not in readers:
         raise ValueError(
             f"a PagedCache is read by {', '.join(readers)}, this model has "

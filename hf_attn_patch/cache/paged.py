@@ -148,6 +148,7 @@ class PagedCache(Cache):
         Raises:
             ValueError: a positive number, or a window would need pages that were let go.
         """
+        tokens_to_remove = int(tokens_to_remove)  # older releases pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop() takes the negative number of tokens to remove, got {tokens_to_remove}"

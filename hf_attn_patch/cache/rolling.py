@@ -126,6 +126,7 @@ class RollingLayer(DynamicLayer):
         Raises:
             ValueError: a positive number, or the tokens needed instead have been dropped.
         """
+        tokens_to_remove = int(tokens_to_remove)  # older releases pass a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"crop() takes the negative number of tokens to remove, got {tokens_to_remove}"

@@ -7,7 +7,7 @@ load by :mod:`..guard`, with a hint from ``INSTEAD`` where there is a better one
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from . import falcon
 
@@ -19,12 +19,18 @@ class FamilyAdapter:
     model_type: str
     install: Callable[[str], None]  # makes the family know an implementation's name
     remove: Callable[[str], None]
+    unfit: dict[str, str] = field(default_factory=dict)  # implementation: why it is refused
 
 
 ADAPTERS: dict[str, FamilyAdapter] = {
     adapter.model_type: adapter
     for adapter in (
-        FamilyAdapter(model_type="falcon", install=falcon.install, remove=falcon.remove),
+        FamilyAdapter(
+            model_type="falcon",
+            install=falcon.install,
+            remove=falcon.remove,
+            unfit={"triton_paged_flash2": falcon.NOT_BATCHED},
+        ),
     )
 }
 
@@ -35,5 +41,6 @@ ALIBI_INSTEAD = (
 )
 INSTEAD: dict[str, str] = {
     "bloom": ALIBI_INSTEAD,
+    "falcon": "load it with attn_implementation='triton_fa2' and call generate()",
     "mpt": ALIBI_INSTEAD,
 }

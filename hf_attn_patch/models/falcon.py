@@ -18,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NOT_BATCHED = (
+    "Falcon takes every name with 'flash' for its own FlashAttention class, and its layers drop "
+    "what continuous batching passes to them: generate_batch serves it with no implementation"
+)
+
 
 def install(name: str) -> None:
     """Let Falcon models be built with ``attn_implementation=name``."""
@@ -87,7 +92,7 @@ def _attention_class(name: str) -> type:
                 q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
             if layer_past is not None:
                 k, v = layer_past.update(k, v, self.layer_idx)
-            settings = OWN_WINDOWS if name == "triton_fa2" else required(self.config)
+            settings = required(self.config) if name == "triton_swa" else OWN_WINDOWS
             out = run(
                 Call(
                     query=q,
