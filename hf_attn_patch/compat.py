@@ -182,7 +182,7 @@ def head_dim_of(config: Any) -> int | None:
 # --- continuous batching -------------------------------------------------------------------------
 
 
-def batching_config(*, page_size: int, pages: int) -> Any:
+def batching_config(*, page_size: int, pages: int, max_batch_tokens: int | None = None) -> Any:
     """transformers' ContinuousBatchingConfig; `page_size` was called block_size up to 5.18."""
     from transformers import ContinuousBatchingConfig
 
@@ -190,5 +190,6 @@ def batching_config(*, page_size: int, pages: int) -> Any:
     name = "page_size" if "page_size" in fields else "block_size"
     # else 5.19 and later put another implementation in the place of a name without "flash"
     switch = {"auto_switch_to_flash": False} if "auto_switch_to_flash" in fields else {}
-    given: dict[str, Any] = {name: page_size, "num_blocks": pages} | switch
+    limit = {} if max_batch_tokens is None else {"max_batch_tokens": max_batch_tokens}
+    given: dict[str, Any] = {name: page_size, "num_blocks": pages} | switch | limit
     return ContinuousBatchingConfig(**given)

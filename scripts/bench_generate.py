@@ -1,10 +1,14 @@
-"""Tokens per second and memory of `generate_batch` on the CPU, by attention implementation.
+"""Tokens per second and memory of `generate_batch`, by attention implementation.
 
     python scripts/fetch_checkpoint.py smollm2-135m .cache/smollm2-135m
     python scripts/bench_generate.py .cache/smollm2-135m --text corpus.txt \
         --out results/generate_cpu.csv
+    python scripts/bench_generate.py --shape llama3-8b --device cuda --dtype bfloat16 \
+        --out results/generate_gpu.csv
 
-Every run has a process of its own, so that its memory is its own; implementations take turns.
+Every run has a process of its own, so that its memory is its own; implementations take turns. With
+--shape the weights and the prompts are random: they take the same time, and no download. Memory is
+the process's on a CPU, and the device's on a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +26,19 @@ from pathlib import Path
 from typing import Any
 
 OURS = "triton_paged_flash2"
+# Llama configurations for random weights
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300,
+        "max_position_embeddings": 512,
+    },
+}  # fmt: skip
 IMPLEMENTATIONS = (OURS, "sdpa", "eager")
 
 # fmt: off
@@ -38,8 +55,9 @@ COLUMNS = [
 class Workload:
     """What every implementation is given to do; travels to its process as JSON."""
 
-    checkpoint: str
+    checkpoint: str  # a folder, or one of SHAPES
     dtype: str
+    device: str
     prompts: list[list[int]]
     new_tokens: int
     page_size: int
@@ -65,32 +83,25 @@ class Sample:
 def generate(impl: str, work: Workload) -> Sample:
     """Load, generate a little to warm up, then everything at once."""
     import torch
-    from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
     from transformers.utils import logging
 
-    import hf_attn_patch  # noqa: F401  (registers the implementations)
+    from hf_attn_patch.compat import batching_config
 
     logging.set_verbosity_error()
     torch.set_num_threads(work.threads)
-    model = AutoModelForCausalLM.from_pretrained(
-        work.checkpoint, dtype=getattr(torch, work.dtype), attn_implementation=impl
-    ).eval()
-    fields = ContinuousBatchingConfig.__dataclass_fields__
-    settings: dict[str, Any] = {
-        "page_size" if "page_size" in fields else "block_size": work.page_size,
-        "num_blocks": work.pages,
-        "max_batch_tokens": work.max_batch_tokens,
-    }
-    if "auto_switch_to_flash" in fields:
-        settings["auto_switch_to_flash"] = False
-    batching = ContinuousBatchingConfig(**settings)
+    model = _load(impl, work)
+    batching = batching_config(
+        page_size=work.page_size, pages=work.pages, max_batch_tokens=work.max_batch_tokens
+    )
     greedy = GenerationConfig(max_new_tokens=work.new_tokens, do_sample=False, eos_token_id=-1)
 
     with torch.inference_mode():  # every weight touched, every kernel looked up once
-        ids = torch.tensor([work.prompts[0]])
+        ids = torch.tensor([work.prompts[0]], device=work.device)
         model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
-    before = _memory("VmRSS")
-    _forget_peak()
+    memory = Memory(work.device)
+    before = memory.now()
+    memory.forget_peak()
     start = time.perf_counter()
     answers = model.generate_batch(
         work.prompts,
@@ -99,7 +110,7 @@ def generate(impl: str, work: Workload) -> Sample:
         progress_bar=False,
     )
     seconds = time.perf_counter() - start
-    peak = _memory("VmHWM")
+    peak = memory.peak()
     in_order = sorted(answers.values(), key=lambda answer: int(answer.request_id.split("_")[1]))
     failed = next((answer.error for answer in in_order if answer.error), None)
     if failed or len(in_order) != len(work.prompts):
@@ -112,18 +123,76 @@ def generate(impl: str, work: Workload) -> Sample:
     )
 
 
-def _memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+def _load(impl: str, work: Workload) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    import hf_attn_patch  # noqa: F401  (registers the implementations)
+
+    dtype = getattr(torch, work.dtype)
+    if work.checkpoint not in SHAPES:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            work.checkpoint, dtype=dtype, attn_implementation=impl
+        )
+        return model.to(work.device).eval()
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[work.checkpoint], eos_token_id=None, pad_token_id=0)
+    with torch.device(work.device):
+        made: Any = LlamaForCausalLM._from_config(config, attn_implementation=impl, dtype=dtype)
+    return made.eval()
 
 
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew at VmRSS
+class Memory:
+    """Of the process on a CPU, of its tensors on a GPU; bytes."""
+
+    def __init__(self, device: str) -> None:
+        self.on_cpu = device == "cpu"
+
+    def now(self) -> int:
+        import torch
+
+        return self._status("VmRSS") if self.on_cpu else torch.cuda.memory_allocated()
+
+    def peak(self) -> int:
+        import torch
+
+        return self._status("VmHWM") if self.on_cpu else torch.cuda.max_memory_allocated()
+
+    def forget_peak(self) -> None:
+        import torch
+
+        if self.on_cpu:
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew at VmRSS
+        else:
+            torch.cuda.reset_peak_memory_stats()
+
+    @staticmethod
+    def _status(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {field}")
 
 
 # --- around it ------------------------------------------------------------------------------------
+
+
+def random_prompts(shape: str, requests: int, shortest: int, longest: int) -> list[list[int]]:
+    """Random ids of a shape's vocabulary, of the lengths that :func:`read_prompts` gives."""
+    import random
+
+    draw = random.Random(0)
+    vocabulary = SHAPES[shape]["vocab_size"]
+    return [
+        [draw.randrange(1, vocabulary) for _ in range(length)]
+        for length in lengths(requests, shortest, longest)
+    ]
+
+
+def lengths(requests: int, shortest: int, longest: int) -> list[int]:
+    """Spread evenly; 7 is prime to most counts, so that long and short ones alternate."""
+    ranks = [(n * 7) % requests for n in range(requests)]
+    return [shortest + (longest - shortest) * rank // max(1, requests - 1) for rank in ranks]
 
 
 def read_prompts(
@@ -138,10 +207,7 @@ def read_prompts(
     corpus = (lzma.decompress(raw) if text.suffix == ".xz" else raw).decode()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     prompts = []
-    for n in range(requests):
-        # 7 is prime to most counts: long and short ones alternate
-        rank = (n * 7) % requests
-        length = shortest + (longest - shortest) * rank // max(1, requests - 1)
+    for n, length in enumerate(lengths(requests, shortest, longest)):
         start = len(corpus) * n // requests
         ids = tokenizer(corpus[start : start + 12 * length], verbose=False)["input_ids"][:length]
         if len(ids) < length:
@@ -221,7 +287,7 @@ def rows_of(samples: dict[str, list[Sample]], work: Workload) -> list[dict[str, 
                 "generate_bytes": max(sample.generate_bytes for sample in runs),
                 "pool_bytes": runs[0].pool_bytes,
                 "same_tokens": round(same, 4),
-                **asdict(environment()),
+                **asdict(environment(torch.device(work.device))),
             }
         )
     return rows
@@ -248,6 +314,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
     add("checkpoint", type=Path, nargs="?", help="folder of a causal language model")
+    add("--shape", choices=SHAPES, help="random weights and prompts in a checkpoint's place")
+    add("--device", default="cpu", help="cpu or cuda (cpu)")
     add("--text", type=Path, help="file that the prompts are cut from, .xz or plain")
     add("--impls", nargs="+", default=list(IMPLEMENTATIONS), help=f"({' '.join(IMPLEMENTATIONS)})")
     add("--requests", type=int, default=32, help="prompts (32)")
@@ -263,14 +331,18 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--json", action="store_true", help="print JSON and nothing else")
     add("--run", metavar="IMPL", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if not args.run and (args.checkpoint is None or args.text is None):
-        parser.error("give the folder of a checkpoint and --text FILE to cut prompts from")
+    if not args.run and args.shape is None and (args.checkpoint is None or args.text is None):
+        parser.error(
+            "give the folder of a checkpoint and --text FILE to cut prompts from, or a --shape"
+        )
+    if args.shape is not None and args.checkpoint is not None:
+        parser.error("give a checkpoint or a --shape, not both")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
-    if sys.platform != "linux":
+    if args.device == "cpu" and sys.platform != "linux":
         print("error: memory is read from /proc, which only Linux has", file=sys.stderr)
         return 2
     if args.run:
@@ -281,12 +353,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: counts must be 1 or more, --longest at least --shortest", file=sys.stderr)
         return 2
     try:
-        prompts = read_prompts(
-            args.checkpoint, args.text, args.requests, args.shortest, args.longest
-        )
+        sizes = (args.requests, args.shortest, args.longest)
+        if args.shape is None:
+            prompts = read_prompts(args.checkpoint, args.text, *sizes)
+        else:
+            prompts = random_prompts(args.shape, *sizes)
         work = Workload(
-            checkpoint=str(args.checkpoint.resolve()),
+            checkpoint=args.shape or str(args.checkpoint.resolve()),
             dtype=args.dtype,
+            device=args.device,
             prompts=prompts,
             new_tokens=args.new_tokens,
             page_size=args.page_size,

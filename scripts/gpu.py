@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMED = ("forward", "backward", "decode")
-SLICES = ("correctness", *TIMED, "all")
+SLICES = ("correctness", *TIMED, "generate", "all")
 
 
 def correctness() -> int:
@@ -46,6 +46,22 @@ def timings(slices: Sequence[str], out: Path, budget_s: float) -> int:
         print(f"out of time with {report.shapes_left} shapes left: run the same command again")
     ours_failed = [line for line in report.wrong + report.left_out if f" {OURS}:" in line]
     return 1 if ours_failed else 0
+
+
+def generate(out: Path) -> int:
+    """`generate_batch` of a Llama-3-8B's shape with random weights, beside transformers' own."""
+    script = ROOT / "scripts" / "bench_generate.py"
+    options = "--shape llama3-8b --device cuda --dtype bfloat16 --requests 128 --longest 1024"
+    command = [
+        sys.executable,
+        str(script),
+        *options.split(),
+        "--new-tokens",
+        "128",
+        "--rounds",
+        "2",
+    ]
+    return subprocess.run([*command, "--out", str(out)], cwd=ROOT, check=False).returncode
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a speedup is never reported on a red gate
     if code == 0 and timed:
         code = timings(timed, args.out, args.budget)
+    if code == 0 and args.slice in ("generate", "all"):
+        code = generate(args.out.with_name("generate_gpu.csv"))
     return code
 
 

@@ -70,6 +70,13 @@ class PagedLayer(CacheLayerMixin):
     # -- transformers' side ------------------------------------------------------------------------
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        first = self.cache.layers[0]
+        if first.is_initialized and first.device != key_states.device:
+            raise ValueError(
+                f"a PagedCache has all layers on one device; layer 0 is on {first.device} and "
+                f"layer {self.number} on {key_states.device}: load the model on one device, or use "
+                "transformers' DynamicCache"
+            )
         self.device = key_states.device
         self.shapes = tuple((x.shape[1], x.shape[3]) for x in (key_states, value_states))
         self.compute_dtype = _dtype_of(key_states)
