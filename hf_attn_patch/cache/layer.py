@@ -77,7 +77,7 @@ class PagedLayer(CacheLayerMixin):
                 f"layer {self.number} on {key_states.device}: load the model on one device, or use "
                 "transformers' DynamicCache"
             )
-        self.device = key_states.device
+        self.device: torch.device = key_states.device
         self.shapes = tuple((x.shape[1], x.shape[3]) for x in (key_states, value_states))
         self.compute_dtype = _dtype_of(key_states)
         self.dtype = self.cache.page_dtype or self.compute_dtype
