@@ -25,6 +25,7 @@ from hf_attn_patch.registry import Capabilities, list_implementations
 ROOT = Path(__file__).resolve().parents[1]
 CPU_CSV, GPU_CSV, AOT_CSV = "attention_cpu.csv", "attention_gpu.csv", "aot.csv"
 CONVERT_CSV = "convert_quality.csv"
+OWN_TEXT = "own text too"
 Row = dict[str, str]
 
 # --- implementations x features x backends --------------------------------------------------------
@@ -209,11 +210,12 @@ def convert_table(results: Path) -> str:
         return _unmeasured("Conversion", "python scripts/measure_conversion.py")
     with path.open(newline="") as file:
         rows = sorted(csv.DictReader(file), key=lambda row: row["date"])
-    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    columns = [column for name in METHODS for column in (name, f"{name}, {OWN_TEXT}")]
+    methods = [name for name in columns if any(_column(row) == name for row in rows)]
     found: dict[tuple[str, str, str], dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: -int(row["kv_after"])):
         heads = f"{row['kv_before']} → {row['kv_after']}"
-        found.setdefault((row["subject"], row["text"], heads), {})[row["method"]] = row
+        found.setdefault((row["subject"], row["text"], heads), {})[_column(row)] = row
     lines = [_line(["checkpoint", "text", "KV heads", *methods]), _rule(3 + len(methods))]
     for place, by_method in sorted(found.items(), key=lambda item: item[0][:2]):
         cells = [_quality(by_method[name]) if name in by_method else "–" for name in methods]
@@ -228,6 +230,12 @@ QUALITY = {
     "cosine": "Numbers below 1 alone: cosine between sentence embeddings and the source's.",
     "ratio": "×: perplexity as a multiple of the source's, KL from the source in brackets.",
 }
+
+
+def _column(row: Row) -> str:
+    """A row's method, and whether the model wrote a share of its calibration text itself."""
+    mixed = "model-generated" in row["calibration"] and "," in row["calibration"]
+    return f"{row['method']}, {OWN_TEXT}" if mixed else row["method"]
 
 
 def _quality(row: Row) -> str:
