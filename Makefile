@@ -37,7 +37,7 @@ define make_venv
 endef
 
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
-	$(call make_venv,$(VENV),constraints/cpu.txt,[dev$(comma)compare],)
+	$(call make_venv,$(VENV),constraints/cpu.txt,[dev$(comma)compare$(comma)uptrain],)
 
 $(OLDEST)/.ready: pyproject.toml constraints/oldest.txt
 	$(call make_venv,$(OLDEST),constraints/oldest.txt,[gpu],hypothesis pytest pytest-xdist)

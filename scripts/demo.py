@@ -1,9 +1,11 @@
-"""The main job on a real checkpoint: `make demo`. Writes report.md; about five minutes.
+"""The main job on a real checkpoint: `make demo`. Writes report.html; under ten minutes.
 
 1. Fetches SmolLM2-135M-Instruct (once) and runs it with sdpa, triton_fa2 and triton_swa: the
    tokens must be the same.
-2. Expands its 3 KV heads to 9 (MHA) and pools them back: the difference must be 0.0.
-3. Converts 3 KV heads to 1 (MQA), by mean pooling and by csvd, and measures what each costs.
+2. Continues all prompts at once from a cache in pages: the tokens must be the same.
+3. Expands its 3 KV heads to 9 (MHA) and pools them back: the difference must be 0.0.
+4. Converts 3 KV heads to 1 (MQA), by mean pooling and by csvd with a fit, trains the attention of
+   both for a moment, and puts what each costs on one page.
 
 Exit code 1 when something must be and is not.
 """
@@ -21,19 +23,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn_converters import convert
 from hf_attn_converters.calibration import Calibration
 from hf_attn_converters.checkpoint import open_checkpoint
+from hf_attn_converters.fit import FitSettings
+from hf_attn_converters.uptrain import Hooks, UptrainOptions, uptrain
+from hf_attn_patch import PagedCache
 from hf_attn_patch.cli.common import print_table, progress_bar
 from hf_attn_patch.compare import (
     CompareOptions,
     Comparison,
     compare,
-    markdown,
     table,
     verdicts,
 )
+from hf_attn_patch.compare.page import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "text" / "state_of_the_union.txt"
@@ -53,8 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The main job on a real checkpoint.")
     parser.add_argument("--model", type=Path, help="another Llama checkpoint than SmolLM2-135M")
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="downloads and outputs")
-    parser.add_argument("--report", type=Path, default=ROOT / "report.md")
+    parser.add_argument("--report", type=Path, default=ROOT / "report.html")
     parser.add_argument("--new-tokens", type=int, default=24, help="greedy tokens per prompt")
+    parser.add_argument("--fit-steps", type=int, default=32, help="of each layer")
+    parser.add_argument("--uptrain-tokens", type=int, default=4096)
     parser.add_argument("--context", type=int, default=512, help="prompt tokens when timing")
     parser.add_argument(
         "--threads", type=int, default=idle_cores(), help="by default the cores that are idle now"
@@ -62,19 +70,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     start = time.perf_counter()
-    sections: list[str] = []
     try:
         source = options.model or fetch(options.cache)
-        implementations(source, options, sections)
-        conversions(source, options, sections)
+        implementations(source, options)
+        in_pages(source, options)
+        work = options.cache / "demo"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+        there_and_back(source, work)
+        comparison = conversions(source, work, options)
     except DemoFailed as error:
-        sections.append(f"## Failed\n\n{error}\n")
         print(f"error: {error}", file=sys.stderr)
         return 1
-    finally:
-        if sections:
-            options.report.write_text("\n".join(["# Demo report\n", *sections]), encoding="utf-8")
-            print(f"wrote {options.report} after {time.perf_counter() - start:.0f} s")
+    write_report(options.report, comparison)
+    print(f"wrote {options.report} after {time.perf_counter() - start:.0f} s")
     return 0
 
 
@@ -94,11 +103,10 @@ def fetch(cache: Path) -> Path:
     return target
 
 
-def implementations(source: Path, options: argparse.Namespace, sections: list[str]) -> None:
+def implementations(source: Path, options: argparse.Namespace) -> None:
     heading("1. The same checkpoint with other attention implementations")
     candidates = [f"{source}@{name}" for name in ("triton_fa2", WIDE, LEAN)]
     result = run(f"{source}@sdpa", candidates, options, max_tokens=1024)
-    sections.append(markdown(result, "Attention implementations"))
     for found in result.generation[1:3]:
         if found.exact < 1:
             first = next(i for i, d in enumerate(found.diverged_at) if d is not None)
@@ -109,33 +117,89 @@ def implementations(source: Path, options: argparse.Namespace, sections: list[st
     print("The tokens of sdpa, triton_fa2 and triton_swa are the same.")
 
 
-def conversions(source: Path, options: argparse.Namespace, sections: list[str]) -> None:
-    config = json.loads((source / "config.json").read_text())
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    work = options.cache / "demo"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    mha, back, mean, csvd = (
-        work / f"{source.name}-{name}" for name in ("mha", "back", "mqa-mean", "mqa-csvd")
+def in_pages(source: Path, options: argparse.Namespace) -> None:
+    """All prompts as one padded batch: what they have in common is stored once."""
+    heading("2. All prompts at once, from a cache in pages")
+    load = AutoModelForCausalLM.from_pretrained
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
+    inputs: Any
+    if tokenizer.chat_template:
+        inputs = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": prompt}] for prompt in prompts],
+            add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True,
+        )  # fmt: skip
+    else:
+        inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    how: dict[str, Any] = {"max_new_tokens": options.new_tokens, "do_sample": False}
+    model: Any = load(source, attn_implementation="sdpa", dtype=torch.float32)
+    expected = model.generate(**inputs, **how)
+    model = load(source, attn_implementation="triton_paged_flash2", dtype=torch.float32)
+    cache = PagedCache(model)
+    found = model.generate(**inputs, **how, past_key_values=cache)
+    stats = cache.stats()
+    reused = cache.start(**inputs)
+    print(
+        f"{len(found)} prompts of up to {inputs['input_ids'].shape[1]} tokens: {stats.used} pages "
+        f"of {stats.page_size} tokens, {stats.shared} of them shared, {stats.internal_waste:.1f}% "
+        f"of their places empty. Asked again, {reused} columns would not be computed again."
     )
+    if not torch.equal(found, expected):
+        raise DemoFailed("pages and sdpa's cache must give the same tokens")
+    print("The tokens are those of sdpa.")
 
-    heading(f"2. {kv_heads} KV heads to {heads} (MHA), and pooled back")
+
+def there_and_back(source: Path, work: Path) -> None:
+    heads, kv_heads = head_counts(source)
+    mha, back = (work / f"{source.name}-{name}" for name in ("mha", "back"))
+    heading(f"3. {kv_heads} KV heads to {heads} (MHA), and pooled back")
     convert_shown(source, mha, heads)
     convert_shown(mha, back, kv_heads, method="mean")
     count, difference = largest_difference(source, back)
-    shutil.rmtree(back)
-    line = f"{count} tensors, expanded and pooled back: largest difference {difference}"
-    print(line)
-    sections.append(f"## There and back\n\n{line}.\n")
+    for folder in (mha, back):
+        shutil.rmtree(folder)
+    print(f"{count} tensors, expanded and pooled back: largest difference {difference}")
     if difference != 0.0:
         raise DemoFailed("expanding and pooling back must give the source's tensors")
 
-    heading(f"3. {kv_heads} KV heads to 1 (MQA), without any training")
-    convert_shown(source, mean, 1, method="mean")
-    convert_shown(source, csvd, 1, method="csvd", calibration=calibration(work))
-    result = run(str(source), [str(mha), str(mean), str(csvd)], options, max_tokens=EVALUATED)
-    sections.append(markdown(result, "Conversions"))
-    shutil.rmtree(mha)
+
+def conversions(source: Path, work: Path, options: argparse.Namespace) -> Comparison:
+    heading(f"4. {head_counts(source)[1]} KV heads to 1 (MQA), and a moment of training")
+    rest = rest_of_text(work)
+    fit = FitSettings(steps=options.fit_steps)
+    found = []
+    calibration = Calibration(text=rest, tokens=8192, sequence_length=128, fit=fit)
+    ways: dict[str, dict[str, Any]] = {
+        "mean": {"method": "mean"},
+        "csvd-fit": {"method": "csvd+fit", "calibration": calibration},
+    }
+    for name, how in ways.items():
+        merged = work / f"{source.name}-mqa-{name}"
+        convert_shown(source, merged, 1, **how)
+        found += [merged, uptrained(source, merged, rest, options.uptrain_tokens)]
+    return run(str(source), [str(path) for path in found], options, max_tokens=EVALUATED)
+
+
+def uptrained(source: Path, student: Path, text: Path, tokens: int) -> Path:
+    """Attention alone, on the source's distributions."""
+    output = student.with_name(student.name + "-uptrained")
+    with progress_bar() as update:
+        result = uptrain(
+            UptrainOptions(
+                student=student, teacher=source, text=(str(text),), output=output, tokens=tokens,
+                train="attention", sequence_length=128, batch_size=4, evaluations=2,
+                eval_tokens=512, attn_implementation="triton_fa2",
+            ),
+            Hooks(progress=lambda done, total, what: update(output.name, done, total)),
+        )  # fmt: skip
+    print(f"{output.name}: {tokens:,} tokens, {result.seconds:.1f} s")
+    return output
+
+
+def head_counts(source: Path) -> tuple[int, int]:
+    config = json.loads((source / "config.json").read_text())
+    return config["num_attention_heads"], config["num_key_value_heads"]
 
 
 def run(
@@ -157,12 +221,12 @@ def run(
     return result
 
 
-def calibration(folder: Path) -> Calibration:
-    """The end of the text whose beginning is evaluated."""
+def rest_of_text(folder: Path) -> Path:
+    """The end of the text whose beginning is evaluated: to calibrate and to train on."""
     text = TEXT.read_text(encoding="utf-8")
-    rest = folder / "calibration.txt"
+    rest = folder / "rest.txt"
     rest.write_text(text[len(text) // 4 :], encoding="utf-8")
-    return Calibration(text=rest, tokens=8192, sequence_length=128)
+    return rest
 
 
 def convert_shown(source: Path, target: Path, kv_heads: int, **how: Any) -> None:

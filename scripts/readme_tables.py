@@ -37,6 +37,7 @@ FEATURES = {
     "causal": "causal",
     "full": "bidirectional and cross-attention",
     "gqa": "GQA and MQA without repeating K/V",
+    "latents": "decode over cached latents (MLA), never expanded",
     "window": "sliding window (the model's own)",
     "sink_tokens": "window on any causal model, first tokens kept",
     "rolling_cache": "KV cache that stays O(window)",

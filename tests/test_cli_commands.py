@@ -234,7 +234,7 @@ class TestCompare:
         )
         assert result.exit_code == 0, result.output
         assert "perplexity" in result.stdout
-        assert "source@eager against source" in result.stdout
+        assert "source@eager predicts the same as source" in result.stdout
 
     def test_report_into_an_absent_folder(self, source: Path, tmp_path: Path) -> None:
         result = invoke(

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny_checkpoints import tiny_checkpoint
 
-from hf_attn_patch.compare.divergence import BLOCK, block_mean, measure_quality
+from hf_attn_patch.compare.divergence import measure_quality
+from hf_attn_patch.compare.intervals import BLOCK, block_mean, bootstrap
 from hf_attn_patch.compare.models import LoadedModel, load, parse_spec
-from hf_attn_patch.compare.text import prompts_from, sliding_windows, tokenize
+from hf_attn_patch.compare.overlap import overlap, repetition, rouge_l
+from hf_attn_patch.compare.text import (
+    Documents,
+    prompts_from,
+    read_documents,
+    sliding_windows,
+    tokenize,
+    tokenize_documents,
+)
 
 TEXT = " ".join(
     f"Sentence number {i} says what it has to say, and then it ends." for i in range(40)
@@ -127,6 +139,93 @@ def test_block_mean_counts_correlation() -> None:
     assert error == pytest.approx(1 / 64, rel=0.3)  # 1 / sqrt(64 · 64)
     assert block_mean(repeated)[1] == pytest.approx(1 / 8, rel=0.3)  # 1 / sqrt(64)
     assert math.isnan(block_mean(torch.ones(1))[1])
+
+
+def test_bootstrap_draws_whole_units() -> None:
+    """Equal values inside a document carry its one draw: the interval must be that of documents."""
+    torch.manual_seed(0)
+    means = torch.randn(100, dtype=torch.float64)
+    units = torch.arange(100).repeat_interleave(50)
+    by_document = bootstrap(means.repeat_interleave(50), units)
+    by_token = bootstrap(means.repeat_interleave(50), torch.arange(5000))
+    assert by_document is not None and by_token is not None
+    half = (by_document[1] - by_document[0]) / 2
+    assert half == pytest.approx(1.96 * means.std().item() / 10, rel=0.15)
+    assert half > 5 * (by_token[1] - by_token[0]) / 2  # the control: sqrt(50) times too narrow
+    assert by_document[0] < means.mean().item() < by_document[1]
+    assert bootstrap(means, torch.zeros(100)) is None
+
+
+def test_positions_get_the_mean_of_their_tokens(
+    models: list[LoadedModel], tokens: torch.Tensor
+) -> None:
+    """One window: the means over positions, weighted, are the mean over all tokens."""
+    found = measure_quality(models, sliding_windows(tokens, window=300, stride=100))[1]
+    bins = found.kl_by_position
+    assert [(b.begin, b.end) for b in bins][:3] == [(1, 2), (2, 4), (4, 8)]
+    assert bins[-1].end == 300 and sum(b.tokens for b in bins) == 299
+    assert sum(b.kl * b.tokens for b in bins) / 299 == pytest.approx(found.kl_mean)
+
+
+class TestDocuments:
+    def test_blank_lines_part(self, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text("one\ntwo\n\n  \nthree\n\nfour")
+        found = read_documents(tmp_path / "t.txt")
+        assert [found.text[i : i + 4] for i in found.starts] == ["one\n", "thre", "four"]
+
+    def test_json_lines(self, tmp_path: Path) -> None:
+        (tmp_path / "t.jsonl").write_text('{"text": "one"}\n\n"two\\nlines"\n{"text": "three"}\n')
+        found = read_documents(tmp_path / "t.jsonl")
+        assert found.text == "one\n\ntwo\nlines\n\nthree"
+        assert [found.text[i:][:3] for i in found.starts] == ["one", "two", "thr"]
+
+    @pytest.mark.parametrize("row", ["{", '{"content": "x"}', "[1]", '{"text": 3}'])
+    def test_rows_of_another_form(self, row: str, tmp_path: Path) -> None:
+        (tmp_path / "t.jsonl").write_text(f'"fine"\n{row}\n')
+        with pytest.raises(ValueError, match="line 2"):
+            read_documents(tmp_path / "t.jsonl")
+
+    def test_tokens_know_their_document(self, models: list[LoadedModel], tmp_path: Path) -> None:
+        tokenizer = models[0].tokenizer
+        (tmp_path / "t.txt").write_text("\n\n".join(f"number {i} is here" for i in range(12)))
+        documents = read_documents(tmp_path / "t.txt")
+        tokens, units, name = tokenize_documents(tokenizer, documents, 400)
+        assert name == "documents" and len(units) == len(tokens)
+        for i in (0, 5, 11):
+            assert f"number {i} is here" in tokenizer.decode(tokens[units == i])
+        few = Documents(documents.text, documents.starts[:3])
+        assert tokenize_documents(tokenizer, few, 200)[2] == "blocks of tokens"
+
+
+class TestOverlap:
+    def test_rouge_l(self) -> None:
+        assert rouge_l(["a", "b", "c", "d"], ["a", "x", "c", "d"]) == pytest.approx(0.75)
+        assert rouge_l(["a", "b"], ["b", "a", "c"]) == pytest.approx(0.4)
+        assert rouge_l([], []) == 1 and rouge_l(["a"], []) == rouge_l([], ["a"]) == 0
+
+    @given(
+        st.lists(st.sampled_from("abc"), max_size=7), st.lists(st.sampled_from("abc"), max_size=7)
+    )
+    def test_rouge_l_is_the_longest_of_all_subsequences(self, a: list[str], b: list[str]) -> None:
+        def parts(words: list[str]) -> set[tuple[str, ...]]:
+            return {c for n in range(len(words) + 1) for c in itertools.combinations(words, n)}
+
+        longest = max(len(c) for c in parts(a) & parts(b))
+        expected = 2 * longest / (len(a) + len(b)) if a and b else float(a == b)
+        assert rouge_l(a, b) == pytest.approx(expected)
+
+    def test_the_same_texts_and_others(self) -> None:
+        texts = ["the fox jumps over a dog", "short"]
+        same, other = overlap(texts, texts), overlap(["nothing alike", "here"], texts)
+        assert (same.rouge_l, same.chrf) == (100, pytest.approx(100))
+        assert same.bleu == pytest.approx(100)
+        assert other.rouge_l == 0
+        assert other.chrf is not None and other.chrf < 30
+        assert overlap(["a"], [""]).chrf is None  # there is nothing to be like
+
+    def test_repetition(self) -> None:
+        assert repetition([1, 2, 3, 4] * 3) == pytest.approx(5 / 9)
+        assert repetition(range(20)) == repetition([1, 1, 1]) == 0
 
 
 def test_prompts_are_spread_over_the_text() -> None:

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_checkpoint
 
 from hf_attn_converters import convert
 from hf_attn_patch.compare import (
     CompareOptions,
     Comparison,
-    ModelSpec,
     compare,
     markdown,
     parse_spec,
     table,
     verdicts,
 )
-from hf_attn_patch.compare.generation import encode_prompt, first_difference, measure_generation
-from hf_attn_patch.compare.models import labels, load
-from hf_attn_patch.compare.report import number
+from hf_attn_patch.compare.generation import encode_prompt, measure_generation
+from hf_attn_patch.compare.memory import PeakMemory
+from hf_attn_patch.compare.models import load
 from hf_attn_patch.compare.speed import measure_speed
-from hf_attn_patch.compare.text import read_prompts
+from hf_attn_patch.compare.tasks import measure_tasks
 
 WORDS = "the quick brown fox jumps over the lazy dog while nobody looks at all. "
 
@@ -98,23 +104,97 @@ def test_json_has_everything(result: Comparison) -> None:
 
 def test_report(result: Comparison) -> None:
     header, rows = table(result)
+    assert header == ["", "source@eager", "source@triton_fa2", "mha", "mqa"]
     assert all(len(row) == len(header) for row in rows)
-    assert [row[0] for row in rows] == ["source@eager", "source@triton_fa2", "mha", "mqa"]
-    assert rows[1][header.index("greedy same")] == "8 of 8"
+    cells = {row[0]: row[1:] for row in rows}
+    assert cells["greedy same"][:2] == ["", "8 of 8"]
+    assert cells["chrF"][1] == cells["BLEU"][1] == cells["ROUGE-L"][1] == "100.0"
+    assert "× 2.00" in cells["KV B/token"][2]
+    assert re.fullmatch(r"[\d,.]+ ± [\d,.]+ \(× [\d.]+, [\d.]+ to [\d.]+\)", cells["perplexity"][3])
     page = markdown(result, "Title")
     assert page.startswith("## Title")
-    assert all(line in page for line in verdicts(result))
-    assert "KV cache × 2.00" in verdicts(result)[1]
+    lines = [str(verdict) for verdict in verdicts(result)]
+    assert all(line in page.replace("\\", "") for line in lines)
+    assert "KV cache × 2.00" in lines[1]
     assert "⟦" in page.split("### Greedy continuations")[1]
     widths = {line.count("|") for line in page.splitlines() if line.startswith("|")}
     assert len(widths) == 1
+
+
+class TestVerdicts:
+    def options(self, folder: Path) -> CompareOptions:
+        return CompareOptions(
+            text=folder / "text.txt", max_tokens=200, window=64, stride=32, new_tokens=6, rounds=0
+        )
+
+    def test_a_model_with_itself(self, folder: Path) -> None:
+        result = compare(f"{folder}/source", [f"{folder}/source"], self.options(folder))
+        [verdict] = verdicts(result)
+        assert verdict.grade.words == "is identical to"
+        assert str(verdict) == (
+            "source #2 is identical to source: the same weights; every measured difference is zero"
+        )
+        q = result.quality[1]
+        assert (q.kl_mean, q.kl_p99, q.kl_max, q.ln_ratio, q.top1) == (0, 0, 0, 0, 1)
+        assert q.kl_ci == q.ln_ratio_ci == (0, 0) and q.top1_ci == (1, 1)
+        assert all(part.kl == 0 for part in q.kl_by_position)
+        assert set(result.generation[1].still_same) == {1.0}
+
+    @pytest.mark.parametrize(
+        "name", ["model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight"]
+    )
+    def test_one_wrong_weight_is_caught(self, name: str, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder / "source", tmp_path / "wrong")
+        file = tmp_path / "wrong" / "model.safetensors"
+        tensors = load_file(file)
+        tensors[name][0, 0] += 0.25
+        save_file(tensors, file, metadata={"format": "pt"})
+        result = compare(f"{folder}/source", [str(tmp_path / "wrong")], self.options(folder))
+        [verdict] = verdicts(result)
+        assert verdict.grade.words != "is identical to"
+        assert f"tensors differ ({name})" in str(verdict)
+        assert result.weights[0].different == 1
+
+    def test_grades_follow_the_divergence(self, folder: Path) -> None:
+        result = compare(f"{folder}/source", [f"{folder}/mqa"], self.options(folder))
+        words = []
+        for kl in (1e-9, 0.001, 0.02, 0.2, 0.7, 3.0):
+            quality = [result.quality[0], dataclasses.replace(result.quality[1], kl_mean=kl)]
+            words.append(verdicts(dataclasses.replace(result, quality=quality))[0].grade.words)
+        assert len(set(words)) == len(words)
+        assert words[0] == "predicts the same as" and words[-1] == "is not usable in place of"
+
+
+def test_contexts_and_batches(folder: Path) -> None:
+    options = CompareOptions(
+        text=folder / "text.txt", max_tokens=0, new_tokens=0, rounds=1, context=16,
+        more_contexts=(32, 16), batches=(2, 1), decode_tokens=3,
+    )  # fmt: skip
+    result = compare(f"{folder}/source", [f"{folder}/mqa"], options)
+    assert [(s.context, s.batch) for s in result.sweep[::2]] == [(16, 2), (32, 2), (16, 1), (32, 1)]
+    assert result.speed == result.sweep[:2]
+    for speed in result.sweep:  # bytes per token do not depend on the batch
+        assert speed.kv_bytes_per_token == 2 * 2 * 8 * 4 * (2 if speed.label == "source" else 1)
+    if Path("/proc/self/clear_refs").exists():
+        assert all(s.peak_bytes is not None for s in result.sweep)
+
+
+def test_peak_memory_sees_what_is_taken() -> None:
+    with PeakMemory(torch.device("cpu")) as nothing:
+        pass
+    with PeakMemory(torch.device("cpu")) as much:
+        torch.ones(20_000_000)  # 80 MB
+    if much.peak_bytes is None:
+        pytest.skip("only Linux tells a process's peak")
+    assert nothing.peak_bytes is not None
+    assert nothing.peak_bytes < 8e6 and 76e6 < much.peak_bytes < 120e6
 
 
 def test_parts_can_be_left_out(folder: Path) -> None:
     options = CompareOptions(text=folder / "text.txt", max_tokens=0, new_tokens=0, rounds=0)
     result = compare(f"{folder}/source", [f"{folder}/mqa"], options)
     assert not (result.quality or result.generation or result.speed)
-    assert table(result)[0] == ["model"]
+    assert table(result) == (["", "source", "mqa"], [])
     assert markdown(result)
 
 
@@ -146,40 +226,35 @@ def test_chat_template(folder: Path) -> None:
     assert tokenizer.decode(plain[0]) == "hello"
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [((1, 2), (1, 2), None), ((1, 2), (1, 3), 1), ((1, 2), (1,), 1), ((), (), None), ((), (4,), 0)],
-)
-def test_first_difference(a: tuple[int, ...], b: tuple[int, ...], expected: int | None) -> None:
-    assert first_difference(a, b) == first_difference(b, a) == expected
+def test_tasks_of_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in that answers in the harness's form (lm-eval 0.4.13)."""
+    asked = []
 
+    def simple_evaluate(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
+        asked.append((model, tasks, options["limit"]))
+        row = {"alias": "arc", "acc,none": 0.5 / len(asked), "acc_stderr,none": 0.125,
+               "f1,strict": 0.25, "f1_stderr,strict": "N/A"}  # fmt: skip
+        return {"results": {"arc": row}}
 
-class TestSpecs:
-    def test_forms(self) -> None:
-        assert parse_spec("a/b") == ModelSpec(path="a/b")
-        assert parse_spec("a/b@sdpa") == ModelSpec(path="a/b", implementation="sdpa")
-        spec = parse_spec("m@triton_swa:window=256:sinks=4")
-        assert spec == ModelSpec(path="m", implementation="triton_swa", window=256, sinks=4)
-        assert spec.label == "m@triton_swa:window=256:sinks=4"
-
-    def test_a_folder_with_an_at_sign(self, tmp_path: Path) -> None:
-        folder = tmp_path / "model@v2"
-        folder.mkdir()
-        assert parse_spec(str(folder)) == ModelSpec(path=str(folder))
-        assert parse_spec(f"{folder}@sdpa") == ModelSpec(path=str(folder), implementation="sdpa")
-
-    @pytest.mark.parametrize(
-        "text",
-        ["m@", "@sdpa", "m@triton_swa:window", "m@triton_swa:width=3", "m@triton_swa:window=-1",
-         "m@sdpa:window=3", "m@triton_swa:sinks=3"],
-    )  # fmt: skip
-    def test_refused(self, text: str) -> None:
-        with pytest.raises(ValueError, match=r"m@|@sdpa"):
-            parse_spec(text)
-
-    def test_labels_differ(self) -> None:
-        specs = [ModelSpec(path=p) for p in ("a/m", "b/m", "c/m")]
-        assert labels(specs) == ["m", "m #2", "m #3"]
+    package, wrapper = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
+    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    wrapper.HFLM = lambda pretrained, tokenizer: pretrained  # type: ignore[attr-defined]
+    for name, module in (("lm_eval", package), ("lm_eval.models", ModuleType("lm_eval.models")),
+                         ("lm_eval.models.huggingface", wrapper)):  # fmt: skip
+        monkeypatch.setitem(sys.modules, name, module)
+    models = [load(parse_spec(f"{folder}/{name}"), label=name) for name in ("source", "mqa")]
+    scores = measure_tasks(models, ["arc", "own.yaml"], limit=7)
+    assert [m for m, _, _ in asked] == [loaded.model for loaded in models]
+    assert asked[0][1:] == (["arc", str(Path("own.yaml").absolute())], 7)
+    assert [(s.label, s.metric, s.value, s.error) for s in scores] == [
+        ("source", "acc", 0.5, 0.125), ("source", "f1", 0.25, None),
+        ("mqa", "acc", 0.25, 0.125), ("mqa", "f1", 0.25, None),
+    ]  # fmt: skip
+    options = CompareOptions(text=folder / "text.txt", max_tokens=0, new_tokens=0, rounds=0)
+    result = compare(f"{folder}/source", [f"{folder}/mqa"], options)
+    result = dataclasses.replace(result, tasks=scores)
+    body = {name: cells for name, *cells in table(result)[1]}
+    assert body["arc, acc"] == ["0.500 ± 0.12", "0.250 ± 0.12 (-0.250)"]
 
 
 class TestRefused:
@@ -225,6 +300,35 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"t\.txt"):
             self.compare(folder, str(folder / "mqa"), text=tmp_path / "t.txt")
 
+    def test_text_shorter_than_a_window(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "t.txt").write_text("too short")
+        with pytest.raises(ValueError, match="less than one window of 50"):
+            self.compare(folder, str(folder / "mqa"), text=tmp_path / "t.txt")
+
+    def test_no_prompts(self, folder: Path, tmp_path: Path) -> None:
+        (tmp_path / "p.txt").write_text(" \n\n")
+        with pytest.raises(ValueError, match=r"p\.txt is empty"):
+            self.compare(folder, str(folder / "mqa"), prompts=tmp_path / "p.txt")
+
+    def test_more_positions_than_there_are(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="positions"):
+            self.compare(folder, str(folder / "mqa"), rounds=1, context=10**6)
+
+    def test_an_encoder_and_a_decoder(self, folder: Path, tmp_path: Path) -> None:
+        other = tiny_checkpoint(tmp_path / "bert", family="bert", tokenizer=True)
+        with pytest.raises(ValueError, match="nothing to compare"):
+            self.compare(folder, str(other))
+
+    def test_an_encoder_decoder(self, folder: Path, tmp_path: Path) -> None:
+        other = tiny_checkpoint(tmp_path / "t5", family="t5", tokenizer=True)
+        with pytest.raises(ValueError, match="encoder-decoder"):
+            self.compare(folder, str(other))
+
+    def test_tasks_without_the_harness(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match="lm-evaluation-harness"):
+            self.compare(folder, str(folder / "mqa"), tasks=("arc_easy",))
+
     def test_unknown_dtype(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="float8"):
             self.compare(folder, str(folder / "mqa"), dtype="float8")
@@ -232,17 +336,3 @@ class TestRefused:
     def test_negative_sizes(self, folder: Path) -> None:
         with pytest.raises(ValueError, match="max_tokens"):
             CompareOptions(text=folder / "text.txt", max_tokens=-1)
-
-
-def test_prompts_one_per_line(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("one\n\n  two  \n")
-    assert read_prompts(tmp_path / "p.txt") == ["one", "two"]
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(None, ""), (0.0, "0"), (1e-9, "<1e-6"), (2e-5, "2.0e-05"), (0.1234, "0.123"),
-     (9.957, "9.957"), (138240.0, "138,240"), (float("inf"), "inf")],
-)  # fmt: skip
-def test_number(value: float | None, text: str) -> None:
-    assert number(value) == text

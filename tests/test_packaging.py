@@ -257,6 +257,7 @@ def test_the_wheel_carries_three_packages_and_nothing_else(wheel):
         assert f"{package}/py.typed" in names
         files = {f"{package}/{p.relative_to(folder).as_posix()}" for p in folder.rglob("*.py")}
         assert files <= names, files - names
+    assert {f"hf_attn_patch/compare/page/{n}" for n in ("page.html.j2", "page.css")} <= names
 
 
 def test_the_wheel_works_away_from_the_checkout(wheel, fresh_python, tmp_path):

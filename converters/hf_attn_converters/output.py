@@ -81,7 +81,7 @@ def atomic_folder(target: Path, head: Mapping[str, Any], *, resume: bool) -> Ite
     """
     folder = partial_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / MARKER):
+    with locked(folder / MARKER):
         partial = Partial(folder, _begin(folder, head, resume=resume))
         try:
             yield partial
@@ -139,7 +139,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file; the system gives it back even after a kill."""
     with path.open("a") as file:
         if sys.platform != "win32":
@@ -157,7 +157,7 @@ def _locked(path: Path) -> Iterator[None]:
                 current = True
             if not current:  # held by another run, or that run has just renamed the folder
                 raise ValueError(
-                    f"another conversion is writing to {path.parent}; wait until it ends, "
+                    f"another run is writing to {path.parent}; wait until it ends, "
                     "or choose another target"
                 )
         yield

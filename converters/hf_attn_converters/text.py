@@ -1,4 +1,4 @@
-"""Text from files, JSONL files and datasets."""
+"""Text from files, JSONL and Parquet files, and datasets."""
 
 from __future__ import annotations
 
@@ -38,6 +38,27 @@ def read_file(path: Path, at_most: int | None = None) -> str:
     return _not_blank(text, path)
 
 
+def read_documents(source: str | Path) -> Iterator[str]:
+    """The documents of a source one by one, blank ones left out.
+
+    A plain UTF-8 file is one document; a ``.jsonl`` file has one per line, in the field ``text``;
+    a ``.parquet`` file and a dataset one per row, in the column ``text``. Parquet and datasets
+    (``name``, ``name:split``) are streamed by the ``datasets`` package.
+
+    Raises ValueError where there is no such text.
+    """
+    path = Path(source)
+    if not path.is_file():
+        documents = _from_dataset(str(source))
+    elif path.suffix == ".parquet":
+        documents = _from_parquet(path)
+    elif path.suffix == ".jsonl":
+        documents = _from_jsonl(path)
+    else:
+        documents = iter([read_file(path)])
+    yield from (document for document in documents if document.strip())
+
+
 def _not_blank(text: str, source: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{source} is empty: there is no text in it")
@@ -74,15 +95,23 @@ def _from_jsonl(path: Path) -> Iterator[str]:
 
 
 def _from_dataset(name: str) -> Iterator[str]:
+    repository, _, split = name.partition(":")
+    return _streamed(name, "no text file", repository, split=split or "train")
+
+
+def _from_parquet(path: Path) -> Iterator[str]:
+    return _streamed(str(path), "Parquet", "parquet", data_files=str(path), split="train")
+
+
+def _streamed(name: str, kind: str, *args: str, **options: str) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
         raise ValueError(
-            f"{name} is no text file; to load a dataset of that name: pip install datasets"
+            f"{name} is {kind}; to read it as a dataset: pip install datasets"
         ) from None
-    repository, _, split = name.partition(":")
     try:
-        rows: Any = datasets.load_dataset(repository, split=split or "train", streaming=True)
+        rows: Any = datasets.load_dataset(*args, streaming=True, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name} is neither a text file nor a dataset that can be loaded: {error}"

@@ -9,8 +9,10 @@ from .check import check_command
 from .common import CommandGroup
 from .compare import compare_command
 from .convert import convert_command
+from .estimate import estimate_command
 from .generate import generate_command
 from .list import list_command
+from .uptrain import uptrain_command
 
 app = typer.Typer(
     cls=CommandGroup,
@@ -23,7 +25,9 @@ app.command("list")(list_command)
 app.command("check")(check_command)
 app.command("generate")(generate_command)
 app.command("convert")(convert_command)
+app.command("uptrain")(uptrain_command)
 app.command("compare")(compare_command)
+app.command("estimate")(estimate_command)
 app.add_typer(bench_app, name="bench")
 
 

@@ -36,19 +36,42 @@ def compare_command(
         int, typer.Option(min=0, help="Greedy tokens per prompt; 0 leaves generation out.")
     ] = 64,
     chat: ChatOption = None,
-    context: Annotated[int, typer.Option(min=1, help="Prompt tokens when timing.")] = 512,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Prompt tokens when timing (512); the first is the table's, more a curve."
+        ),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Sequences at once when timing (1); may be repeated.")
+    ] = None,
     decode_tokens: Annotated[int, typer.Option(min=2, help="New tokens when timing.")] = 32,
     rounds: Annotated[int, typer.Option(min=0, help="Timing rounds; 0 leaves speed out.")] = 3,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="A task of lm-evaluation-harness, or its YAML file; may be repeated."),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, help="Examples of each task; by default all.")
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
-    report: Annotated[Path | None, typer.Option(help="Write the comparison as Markdown.")] = None,
+    report: Annotated[
+        list[Path] | None,
+        typer.Option(help="Write a page (.html) or Markdown (.md); may be repeated."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
-    """Compare checkpoints, implementations, or any mix of both. All are loaded at once."""
-    from hf_attn_patch.compare import CompareOptions, compare, markdown, table, verdicts
+    """Compare checkpoints, implementations, or any mix of both. All are loaded at once.
 
-    if report is not None and not report.absolute().parent.is_dir():
-        raise ValueError(f"--report {report}: the folder does not exist")
+    Encoders too: masked-LM loss and sentence embeddings take the place of perplexity and texts.
+    """
+    from hf_attn_patch.compare import CompareOptions, compare, table, verdicts
+    from hf_attn_patch.compare.page import check_report, write_report
+
+    for path in report or ():
+        check_report(path)
+    contexts = context or [512]
     options = CompareOptions(
         text=text,
         prompts=prompts,
@@ -57,21 +80,25 @@ def compare_command(
         stride=stride,
         new_tokens=new_tokens,
         chat=chat,
-        context=context,
+        context=contexts[0],
+        more_contexts=tuple(contexts[1:]),
+        batches=tuple(batch or [1]),
         decode_tokens=decode_tokens,
         rounds=rounds,
+        tasks=tuple(task or ()),
+        task_limit=task_limit,
         dtype=dtype,
         device=device,
     )
     with progress_bar() as update:
         result = compare(source, candidates, options, progress=update)
-    if report is not None:
-        report.write_text("# Report\n\n" + markdown(result), encoding="utf-8")
+    for path in report or ():
+        write_report(path, result)
     if json:
         print_json(result.to_json())
         return
-    for line in verdicts(result):
-        typer.echo(line)
+    for verdict in verdicts(result):
+        typer.echo(str(verdict))
     print_table(*table(result))
-    if report is not None:
-        typer.echo(f"wrote {report}")
+    for path in report or ():
+        typer.echo(f"wrote {path}")

@@ -7,13 +7,16 @@
 """
 
 from .models import ModelSpec, parse_spec
-from .report import markdown, table, verdicts
-from .run import CompareOptions, Comparison, compare
+from .options import CompareOptions, Comparison
+from .report import markdown, table
+from .run import compare
+from .verdict import Verdict, verdicts
 
 __all__ = [
     "CompareOptions",
     "Comparison",
     "ModelSpec",
+    "Verdict",
     "compare",
     "markdown",
     "parse_spec",

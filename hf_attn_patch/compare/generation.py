@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .models import LoadedModel
+from .overlap import Overlap, overlap, repetition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,26 @@ class Generation:
     # Position of the first token that differs from the source's; None: the whole is the same.
     # All None for the source itself.
     diverged_at: tuple[int | None, ...]
+    overlap: Overlap | None = None  # None for the source itself
+
+    @property
+    def repetition(self) -> float:
+        """Mean share of 4-grams that a text has written before."""
+        return sum(map(repetition, self.tokens)) / len(self.tokens)
+
+    @property
+    def still_same(self) -> tuple[float, ...]:
+        """Share of prompts whose first 1, 2, ... tokens are the source's."""
+        longest = max(map(len, self.tokens))
+        ends = [longest if d is None else d for d in self.diverged_at]
+        return tuple(sum(end >= n for end in ends) / len(ends) for n in range(1, longest + 1))
+
+    @property
+    def same_prompts(self) -> str | None:
+        """ "3 of 8" prompts with exactly the source's tokens; None for the source itself."""
+        if self.overlap is None:
+            return None
+        return f"{sum(d is None for d in self.diverged_at)} of {len(self.prompts)}"
 
     @property
     def exact(self) -> float:
@@ -55,15 +76,17 @@ def measure_generation(
         for inputs in encoded:
             written[-1].append(greedy(loaded, inputs, new_tokens))
             progress(1)
+    texts = [tuple(tokenizer.decode(t, skip_special_tokens=True) for t in mine) for mine in written]
     return [
         Generation(
             label=loaded.label,
             prompts=tuple(prompts),
             tokens=tuple(mine),
-            texts=tuple(tokenizer.decode(t, skip_special_tokens=True) for t in mine),
+            texts=texts[i],
             diverged_at=tuple(map(first_difference, written[0], mine)),
+            overlap=overlap(texts[i], texts[0]) if i else None,
         )
-        for loaded, mine in zip(models, written, strict=True)
+        for i, (loaded, mine) in enumerate(zip(models, written, strict=True))
     ]
 
 

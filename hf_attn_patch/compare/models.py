@@ -68,22 +68,69 @@ class LoadedModel:
     tokenizer: Any
     load_seconds: float
     weight_bytes: int
+    decodes: bool = True  # False: an encoder
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.model.device)
 
 
+@dataclass(frozen=True)
+class Kind:
+    """What a checkpoint is, which decides what can be measured."""
+
+    name: str
+    auto_class: str
+    decodes: bool
+
+
+DECODER = Kind("decoder", "AutoModelForCausalLM", True)
+MASKED = Kind("encoder with a masked language model's head", "AutoModelForMaskedLM", False)
+ENCODER = Kind("encoder", "AutoModel", False)
+
+
+def kind_of(path: str) -> Kind:
+    """Raises ValueError for a checkpoint that cannot be found, or is neither of the three."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+
+    import hf_attn_patch  # noqa: F401  registers the encoder classes with fewer KV heads
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"cannot load {path!r}: {str(error).splitlines()[0]}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{path}: {config.model_type} is an encoder-decoder; decoders and encoders can be "
+            "compared"
+        )
+    head = (getattr(config, "architectures", None) or [""])[0]
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    if masked and not head.endswith(("ForCausalLM", "LMHeadModel")):
+        return MASKED if head.endswith("ForMaskedLM") else ENCODER
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return DECODER
+    raise ValueError(
+        f"{path}: {config.model_type} is neither a causal language model nor an encoder with a "
+        "masked one; only these can be compared"
+    )
+
+
 def load(
-    spec: ModelSpec, *, dtype: str = "auto", device: str | None = None, label: str | None = None
+    spec: ModelSpec,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    label: str | None = None,
+    kind: Kind = DECODER,
 ) -> LoadedModel:
-    """Load a causal language model and its tokenizer (None when the folder has none).
+    """Load a model and its tokenizer (None when the folder has none).
 
     `device` None: the accelerator if there is one. Raises ValueError for a checkpoint that cannot
     be found or used, and whatever the implementation raises for a model that it cannot serve.
     """
-    import transformers.modeling_utils  # noqa: F401  seconds, which are not the checkpoint's
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    import transformers.modeling_utils
     from transformers.utils import logging
 
     import hf_attn_patch
@@ -92,9 +139,10 @@ def load(
         raise ValueError(f"dtype {dtype!r} is unknown; possible: {', '.join(DTYPES)}")
     logging.disable_progress_bar()
     choice = {"attn_implementation": spec.implementation} if spec.implementation else {}
+    auto: Any = getattr(transformers, kind.auto_class)
     start = time.perf_counter()
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(spec.path, dtype=DTYPES[dtype], **choice)
+        model: Any = auto.from_pretrained(spec.path, dtype=DTYPES[dtype], **choice)
     except OSError as error:
         raise ValueError(f"cannot load {spec.path!r}: {str(error).splitlines()[0]}") from error
     model.to(device or best_device())
@@ -103,7 +151,7 @@ def load(
     if spec.window is not None:
         hf_attn_patch.configure_swa(model, window=spec.window, sinks=spec.sinks)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(spec.path)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
     except (OSError, ValueError):  # none in the folder
         tokenizer = None
     return LoadedModel(
@@ -113,6 +161,7 @@ def load(
         tokenizer=tokenizer,
         load_seconds=seconds,
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        decodes=kind.decodes,
     )
 
 
@@ -141,10 +190,15 @@ def check_same_tokens(models: list[LoadedModel], text: str) -> None:
     if source.tokenizer is None:
         raise ValueError(f"{source.spec.path} has no tokenizer, which the comparison needs")
     sample = text[:20_000]
-    expected = source.tokenizer(sample)["input_ids"]
+
+    def tokens(loaded: LoadedModel) -> list[int]:
+        found: list[int] = loaded.tokenizer(sample, verbose=False)["input_ids"]
+        return found
+
+    expected = tokens(source)
     width = source.model.config.get_text_config().vocab_size
     for other in models[1:]:
-        if other.tokenizer is not None and other.tokenizer(sample)["input_ids"] != expected:
+        if other.tokenizer is not None and tokens(other) != expected:
             raise ValueError(
                 f"{other.label} and {source.label} tokenize differently; only models "
                 "with the same tokenizer can be compared"

@@ -2,79 +2,48 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from .divergence import Quality, measure_quality
+from .divergence import measure_quality
+from .encoders import EncoderQuality, measure_encoders
 from .generation import Generation, measure_generation
-from .models import LoadedModel, check_same_tokens, labels, load, parse_spec
+from .models import (
+    Kind,
+    LoadedModel,
+    ModelSpec,
+    check_same_tokens,
+    kind_of,
+    labels,
+    load,
+    parse_spec,
+)
+from .options import CompareOptions, Comparison
+from .records import read_record
 from .speed import Speed, measure_speed
-from .text import prompts_from, read_prompts, read_text, sliding_windows, tokenize
+from .tasks import TaskScore, check_tasks, measure_tasks
+from .text import (
+    Documents,
+    prompts_from,
+    read_documents,
+    read_prompts,
+    sliding_windows,
+    tokenize,
+    tokenize_documents,
+)
+from .weights import compare_weights
 
 # (what is being done, steps done now, steps in all)
 Progress = Callable[[str, int, int], None]
 
 GENERATED_PROMPTS = 8  # taken from the text when no prompts file is given
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    text: Path
-    prompts: Path | None = None  # None: sentence beginnings of the text
-    max_tokens: int = 4096  # of the text; 0 leaves perplexity and divergence out
-    window: int = 512
-    stride: int = 256
-    new_tokens: int = 64  # per prompt; 0 leaves generation out
-    chat: bool | None = None  # None: through the chat template if there is one
-    context: int = 512  # prompt tokens of the speed measurement
-    decode_tokens: int = 32
-    rounds: int = 3  # 0 leaves speed out
-    dtype: str = "auto"  # auto: each checkpoint's own
-    device: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "new_tokens", "rounds"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 (leave it out) or more")
-        if self.context < 1:
-            raise ValueError(f"context must be 1 token or more, got {self.context}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Lists run in the order source, candidates; empty for what was left out."""
-
-    source: str
-    candidates: tuple[str, ...]
-    quality: list[Quality]
-    generation: list[Generation]
-    speed: list[Speed]
-    options: CompareOptions
-    provenance: dict[str, str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, ready for json.dumps."""
-        options = asdict(self.options)
-        options |= {k: str(v) for k, v in options.items() if isinstance(v, Path)}
-        generation = [
-            asdict(g) | {"exact": g.exact, "median_divergence": g.median_divergence}
-            for g in self.generation
-        ]
-        return {
-            "source": self.source,
-            "candidates": list(self.candidates),
-            "quality": [asdict(q) for q in self.quality],
-            "generation": generation,
-            "speed": [asdict(s) for s in self.speed],
-            "options": options,
-            "provenance": self.provenance,
-        }
 
 
 def compare(
@@ -90,23 +59,70 @@ def compare(
     specs = [parse_spec(text) for text in (source, *candidates)]
     if len(specs) < 2:
         raise ValueError("name at least one candidate to compare the source with")
-    text = read_text(options.text)
-    prompts = _prompts(options, text)
+    documents = read_documents(options.text)
+    prompts = _prompts(options, documents.text)
+    check_tasks(options.tasks)
+    kind = _common_kind(specs)
     models = []
     for i, (spec, label) in enumerate(zip(specs, labels(specs), strict=True)):
         progress("loading", i, len(specs))
-        models.append(load(spec, dtype=options.dtype, device=options.device, label=label))
+        models.append(
+            load(spec, dtype=options.dtype, device=options.device, label=label, kind=kind)
+        )
     progress("loading", len(specs), len(specs))
-    check_same_tokens(models, text)
-    return Comparison(
+    check_same_tokens(models, documents.text)
+    _check_positions(models, options)
+    found = Comparison(
         source=models[0].label,
         candidates=tuple(m.label for m in models[1:]),
-        quality=_quality(models, text, options, progress),
-        generation=_generation(models, prompts, options, progress),
-        speed=_speed(models, text, options, progress),
+        quality=[],
+        generation=[],
+        speed=[],
         options=options,
-        provenance=provenance(models),
+        provenance=provenance(models, options),
+        weights=compare_weights(models),
+        records=[read_record(m.label, m.spec.path) for m in models],
+        specs=tuple(spec.label for spec in specs),
     )
+    if kind.decodes:
+        found = _with_quality(found, models, documents, progress)
+        found = replace(found, generation=_generation(models, prompts, options, progress))
+        found = replace(found, tasks=_tasks(models, options, progress))
+    else:
+        found = replace(found, encoders=_encoders(models, documents.text, options, progress))
+    sweep = _sweep(models, documents.text, options, progress)
+    return replace(found, sweep=sweep, speed=sweep[: len(models)])
+
+
+def _common_kind(specs: Sequence[ModelSpec]) -> Kind:
+    kinds = [kind_of(spec.path) for spec in specs]
+    for spec, kind in zip(specs[1:], kinds[1:], strict=True):
+        if kind.decodes != kinds[0].decodes:
+            raise ValueError(
+                f"{spec.path} is a {kind.name}, {specs[0].path} a {kinds[0].name}: they have "
+                "nothing to compare"
+            )
+    # an encoder without a head is all that a candidate or the source may be
+    return next((kind for kind in kinds if kind.auto_class == "AutoModel"), kinds[0])
+
+
+def _check_positions(models: Sequence[LoadedModel], options: CompareOptions) -> None:
+    """Raises ValueError when a window or a timing needs more positions than a model has."""
+    wanted = {"--window": min(options.window, options.max_tokens)}
+    if options.rounds:
+        wanted["--context and --decode-tokens"] = max(c for c, _ in options.settings) + (
+            options.decode_tokens if models[0].decodes else 0
+        )
+    if not models[0].decodes:
+        del wanted["--window"]  # rows of masked tokens have a length of their own
+    for loaded in models:
+        has = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        for option, positions in wanted.items():
+            if has is not None and positions > has:
+                raise ValueError(
+                    f"{loaded.label} has {has} positions, {option} ask for {positions}: "
+                    "ask for fewer"
+                )
 
 
 def _prompts(options: CompareOptions, text: str) -> list[str]:
@@ -127,14 +143,26 @@ def _counter(progress: Progress, what: str, total: int) -> Callable[[int], None]
     return step
 
 
-def _quality(
-    models: list[LoadedModel], text: str, options: CompareOptions, progress: Progress
-) -> list[Quality]:
+def _with_quality(
+    found: Comparison, models: list[LoadedModel], documents: Documents, progress: Progress
+) -> Comparison:
+    options = found.options
     if not options.max_tokens:
-        return []
-    tokens = tokenize(models[0].tokenizer, text, options.max_tokens)
+        return found
+    tokens, units, name = tokenize_documents(models[0].tokenizer, documents, options.max_tokens)
+    _check_length(tokens, options)
     windows = sliding_windows(tokens, window=options.window, stride=options.stride)
-    return measure_quality(models, windows, _counter(progress, "quality", len(tokens) - 1))
+    step = _counter(progress, "quality", len(tokens) - 1)
+    return replace(found, quality=measure_quality(models, windows, step, units[1:]), units=name)
+
+
+def _check_length(tokens: Tensor, options: CompareOptions) -> None:
+    least = min(options.window, options.max_tokens)
+    if len(tokens) < least:
+        raise ValueError(
+            f"{options.text} has {len(tokens)} tokens, less than one window of {least}: give a "
+            "longer text, or a smaller --window"
+        )
 
 
 def _generation(
@@ -148,22 +176,50 @@ def _generation(
     )
 
 
-def _speed(
+def _encoders(
     models: list[LoadedModel], text: str, options: CompareOptions, progress: Progress
-) -> list[Speed]:
-    if not options.rounds:
+) -> list[EncoderQuality]:
+    if not options.max_tokens:
         return []
-    return measure_speed(
-        models,
-        tokenize(models[0].tokenizer, text, options.context),
-        context=options.context,
-        new_tokens=options.decode_tokens,
-        rounds=options.rounds,
-        progress=_counter(progress, "speed", len(models) * (options.rounds + 1)),
+    return measure_encoders(
+        models, text, options.max_tokens, _counter(progress, "quality", len(models))
     )
 
 
-def provenance(models: Sequence[LoadedModel]) -> dict[str, str]:
+def _tasks(
+    models: list[LoadedModel], options: CompareOptions, progress: Progress
+) -> list[TaskScore]:
+    if not options.tasks:
+        return []
+    step = _counter(progress, "tasks", len(models))
+    return measure_tasks(models, options.tasks, limit=options.task_limit, progress=step)
+
+
+def _sweep(
+    models: list[LoadedModel], text: str, options: CompareOptions, progress: Progress
+) -> list[Speed]:
+    """All models at every (context, batch), one after the other; none with 0 rounds."""
+    if not options.rounds:
+        return []
+    longest = max(context for context, _ in options.settings)
+    tokens = tokenize(models[0].tokenizer, text, longest)
+    step = _counter(progress, "speed", len(options.settings) * len(models) * (options.rounds + 1))
+    return [
+        row
+        for context, batch in options.settings
+        for row in measure_speed(
+            models,
+            tokens,
+            context=context,
+            batch=batch,
+            new_tokens=options.decode_tokens,
+            rounds=options.rounds,
+            progress=step,
+        )
+    ]
+
+
+def provenance(models: Sequence[LoadedModel], options: CompareOptions) -> dict[str, str]:
     """On what and with what it was measured."""
     import transformers
 
@@ -178,5 +234,10 @@ def provenance(models: Sequence[LoadedModel]) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "text sha256": _digest(options.text),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

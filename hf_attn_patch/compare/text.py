@@ -1,7 +1,9 @@
-"""The text that quality is measured on: read, tokenized, cut into sliding windows."""
+"""The text that quality is measured on: read, split into documents, tokenized, cut into windows."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,6 +12,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .intervals import FEWEST_DOCUMENTS, blocks_of
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One text, and where in it each document begins (characters)."""
+
+    text: str
+    starts: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,39 @@ def read_text(path: Path) -> str:
     return text
 
 
+def read_documents(path: Path) -> Documents:
+    """Rows of JSON lines (`.jsonl`: strings, or objects with "text"), else what blank lines part.
+
+    Raises ValueError for a file that is absent, empty, no text, or has a row of another form.
+    """
+    text = read_text(path)
+    if path.suffix != ".jsonl":
+        ends = [match.end() for match in re.finditer(r"\n[^\S\n]*\n\s*(?=\S)", text)]
+        return Documents(text, (0, *ends))
+    rows = [
+        _row_text(path, number, line)
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
+    lengths = [len(row) + 2 for row in rows]  # two newlines part them
+    return Documents("\n\n".join(rows), (0, *itertools.accumulate(lengths[:-1])))
+
+
+def _row_text(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    found = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(found, str):
+        raise ValueError(
+            f'{path}, line {number}: neither a JSON string nor an object with a "text" string'
+        )
+    return found
+
+
 def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; empty lines are skipped."""
+    """One prompt per line; empty lines are skipped. Raises ValueError when none is left."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
@@ -45,6 +88,25 @@ def tokenize(tokenizer: Any, text: str, limit: int) -> Tensor:
     if len(ids) < 2:
         raise ValueError("the text is too short: two tokens are the least that can be scored")
     return torch.as_tensor(ids[:limit])
+
+
+def tokenize_documents(
+    tokenizer: Any, documents: Documents, limit: int
+) -> tuple[Tensor, Tensor, str]:
+    """The first `limit` tokens [n] of the text, the unit [n] that each belongs to, its name.
+
+    Units are documents; blocks of tokens where the text has few, or the tokenizer cannot say where
+    a token came from.
+    """
+    tokens = tokenize(tokenizer, documents.text, limit)
+    if getattr(tokenizer, "is_fast", False):
+        piece = documents.text[: 16 * limit]
+        places = tokenizer(piece, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        begins = torch.tensor([begin for begin, _ in places[:limit]])
+        units = torch.searchsorted(torch.tensor(documents.starts), begins, right=True) - 1
+        if len(units.unique()) >= FEWEST_DOCUMENTS:
+            return tokens, units, "documents"
+    return tokens, blocks_of(len(tokens)), "blocks of tokens"
 
 
 def sliding_windows(tokens: Tensor, *, window: int, stride: int) -> Iterator[Window]:
