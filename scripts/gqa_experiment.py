@@ -250,7 +250,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     )
     for i, loss in enumerate(LOSSES):
         for axis, kv_heads in zip(axes[i], KV_HEADS, strict=True):
-            for method in (*METHODS, CONTROL):
+            for number, method in enumerate((*METHODS, CONTROL)):
                 line = sorted(
                     (row.percent, row.ppl)
                     for row in rows
@@ -258,7 +258,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     and row.kv_heads == (0 if method == CONTROL else kv_heads)
                     and row.loss in ("", loss)
                 )
-                style = {"color": "black", "linestyle": "--"} if method == CONTROL else {}
+                style = {"color": f"C{number}"}
+                if method == CONTROL:
+                    style = {"color": "black", "linestyle": "--"}
                 if line:
                     axis.plot(*zip(*line, strict=True), marker="o", label=method, **style)
             axis.set(yscale="log", xticks=SHARES, title=f"8 → {kv_heads} KV heads, {loss}")
@@ -266,9 +268,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes[i][0].set_ylabel("perplexity, held out")
     for axis in axes[-1]:
         axis.set_xlabel("uptraining, % of the training's tokens")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    # a method may be missing from some of the axes as long as not all cells are done
+    found: dict[str, Any] = {}
+    for axis in axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        figure.legend(
+            list(found.values()), list(found), loc="outside lower center", ncols=len(found)
+        )
     figure.set_layout_engine("constrained")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
