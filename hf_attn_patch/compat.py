@@ -126,9 +126,8 @@ def learn_traits(model: PreTrainedModel) -> Traits:
 def _read_traits(module: ModuleType | None) -> Traits:
     if module is None:
         return UNKNOWN
-    try:
-        source = inspect.getsource(module)
-    except (OSError, TypeError):  # no source file: a notebook, a frozen application
+    source = _source(module)
+    if not source:
         return UNKNOWN
     return Traits(
         # a file without an attention class borrows the layers of another
@@ -138,6 +137,28 @@ def _read_traits(module: ModuleType | None) -> Traits:
         passes_window=re.search(r"\bsliding_window=(?!None)", source) is not None,
         window_is_exclusive=re.search(r"\bsliding_window\s*\+\s*1\b", source) is not None,
     )
+
+
+def _source(module: ModuleType) -> str:
+    try:
+        return inspect.getsource(module)
+    except (OSError, TypeError):  # no source file: a notebook, a frozen application
+        return ""
+
+
+_LATENTS: dict[type, str] = {}
+
+
+def latent_attention(model_class: type[PreTrainedModel]) -> str:
+    """How a model class attends to cached latents: ``"full"``, ``"sparse"`` (an indexer picks the
+    keys) or ``"none"``; read from its own file and those of the models it derives from."""
+    if model_class not in _LATENTS:
+        modules = {sys.modules.get(base.__module__) for base in model_class.__mro__}
+        sources = [_source(m) for m in modules if m and not m.__name__.startswith("torch.")]
+        found = [s for s in sources if re.search(r"^    def expand_kv\(", s, re.MULTILINE)]
+        sparse = any(re.search(r"\bself\.indexer\b", s) for s in found)
+        _LATENTS[model_class] = "sparse" if sparse else "full" if found else "none"
+    return _LATENTS[model_class]
 
 
 def ignores_interface(model_class: type[PreTrainedModel]) -> bool:

@@ -71,6 +71,25 @@ def swa_forward(
     return attend("triton_swa", settings, module, query, key, value, attention_mask, **kwargs)
 
 
+def mla_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """``triton_mla``: query ``[B, H, Q, D]``, latents ``[B, 1, K, R]`` and rotated keys
+    ``[B, 1, K, P]`` as they are cached, to ``[B, Q, H, Dv]``.
+
+    Raises:
+        ValueError: a layer without latents, or whose expanding weights are not plain.
+    """
+    from .mla import attend
+
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
 def fa2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_fa2``: arguments as transformers' ``sdpa_mask``, answer in compact form."""
     from .masks import answer
@@ -86,6 +105,14 @@ def paged_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) ->
 
     name = "triton_paged_flash2"
     return answer(name, OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
+
+
+def mla_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
+    """Mask for ``triton_mla``: as for ``triton_fa2``."""
+    from .masks import answer
+    from .swa_settings import OWN_WINDOWS
+
+    return answer("triton_mla", OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
 
 
 def swa_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:

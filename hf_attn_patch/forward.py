@@ -116,7 +116,7 @@ def _run_dense(call: Call) -> Tensor:
     """Over the keys of the call itself."""
     visible = mask_forms.read(call.mask, call.key.shape[2])
     # to the kernels' [B, S, H, D]
-    q, k, v = (x.transpose(1, 2) for x in _one_dtype(call.query, call.key, call.value))
+    q, k, v = (x.transpose(1, 2) for x in one_dtype(call.query, call.key, call.value))
     common: dict[str, Any] = {
         "dropout_p": call.dropout,
         "softmax_scale": call.scaling,
@@ -193,8 +193,8 @@ def _bias(call: Call, visible: mask_forms.Visible) -> Tensor | None:
     return bias + visible.dense
 
 
-def _one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    # under autocast eager's matmuls run in the autocast dtype whatever comes in, and so does this
+def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast eager's matmuls run in the autocast dtype whatever comes in: so do ours."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors

@@ -48,24 +48,22 @@ def refusal(
 ) -> tuple[str, str] | None:
     """(reason, fix) why a model class cannot take the implementation `name`, None if it can."""
     from . import compat
-    from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
+    from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD, mla
 
     adapter = ADAPTERS.get(model_type)
-    if adapter is not None and name not in adapter.unfit:
-        return None
-    if adapter is not None:
+    if adapter is not None and name in adapter.unfit:
         reason = adapter.unfit[name]
-    elif compat.ignores_interface(model_class):
+    elif adapter is None and compat.ignores_interface(model_class):
         reason = (
             f"{model_class.__name__} computes its attention itself; transformers' code for "
             f"{model_type!r} does not call the attention function of that name"
         )
-    elif compat.eager_only(model_class):
+    elif adapter is None and compat.eager_only(model_class):
         reason = (
             f"transformers declares that {model_class.__name__} works with eager attention only"
         )
     else:
-        return None
+        return mla.refusal(model_class) if name == mla.NAME else None
     return reason, INSTEAD.get(model_type, DEFAULT_INSTEAD)
 
 
@@ -89,7 +87,7 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     if config is None or getattr(config, "_attn_implementation", None) not in _names:
         return
     from . import compat
-    from .models import ADAPTERS
+    from .models import ADAPTERS, mla
 
     if not isinstance(module, compat.PreTrainedModel):
         return
@@ -107,3 +105,5 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
         adapter.install(wanted)
     else:
         compat.learn_traits(module)
+    if wanted == mla.NAME and submodule is not None:
+        mla.prepare(submodule)

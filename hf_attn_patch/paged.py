@@ -15,6 +15,7 @@ from hf_attn_kernels import flash_attn_with_kvcache
 
 from . import mask_forms
 from .cache.layer import PagedLayer
+from .cache.step import DeviceTable, Step
 
 if TYPE_CHECKING:
     from .forward import Call
@@ -29,11 +30,7 @@ def run(call: Call, layer: PagedLayer, dense: Callable[[Call], Tensor]) -> Tenso
     Raises:
         ValueError: a mask or a feature that pages cannot serve.
     """
-    cache, (batch, _, new, _) = layer.cache, call.query.shape
-    visible = mask_forms.read(call.mask, layer.length + new)
-    _check(call, layer, visible)
-    step = cache.enter(layer, batch, new, visible.padding)
-    table = cache.on_device[layer.window]
+    step, table = begin(call, layer)
     q, k, v = (x.transpose(1, 2) for x in (call.query, call.key, call.value))
     k, v = k.to(layer.compute_dtype), v.to(layer.compute_dtype)
     if step.fresh:  # nothing to read back
@@ -65,6 +62,18 @@ def run(call: Call, layer: PagedLayer, dense: Callable[[Call], Tensor]) -> Tenso
     )
     assert isinstance(out, Tensor)  # no log-sum-exp was asked for
     return out.contiguous()
+
+
+def begin(call: Call, layer: PagedLayer) -> tuple[Step, DeviceTable]:
+    """The step that a call is a layer's part of, and where its pages are.
+
+    Raises:
+        ValueError: a mask or a feature that pages cannot serve.
+    """
+    cache, (batch, _, new, _) = layer.cache, call.query.shape
+    visible = mask_forms.read(call.mask, layer.length + new)
+    _check(call, layer, visible)
+    return cache.enter(layer, batch, new, visible.padding), cache.on_device[layer.window]
 
 
 def _check(call: Call, layer: PagedLayer, visible: mask_forms.Visible) -> None:

@@ -24,6 +24,7 @@ class Capabilities:
     causal: bool = True
     full: bool = True
     gqa: bool = True
+    latents: bool = False  # decode over cached latents (MLA), never expanded
     window: bool = True
     sink_tokens: bool = False  # first tokens kept beside the window
     rolling_cache: bool = False  # KV memory O(window)
@@ -82,6 +83,17 @@ IMPLEMENTATIONS: tuple[AttentionImpl, ...] = (
         forward=entry.paged_forward,
         mask=entry.paged_mask,
         supports=Capabilities(continuous_batching=True),
+        requires=ON_ANY_DEVICE,
+    ),
+    AttentionImpl(
+        name="triton_mla",
+        summary="multi-head latent attention (DeepSeek): decodes without expanding the cache",
+        forward=entry.mla_forward,
+        mask=entry.mla_mask,
+        # models with latents only: none of them is bidirectional or asks for softcap or sinks
+        supports=Capabilities(
+            latents=True, full=False, gqa=False, softcap=False, sink_logits=False
+        ),
         requires=ON_ANY_DEVICE,
     ),
 )

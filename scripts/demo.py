@@ -23,14 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_attn_converters import convert
 from hf_attn_converters.calibration import Calibration
 from hf_attn_converters.checkpoint import open_checkpoint
 from hf_attn_converters.fit import FitSettings
 from hf_attn_converters.uptrain import Hooks, UptrainOptions, uptrain
-from hf_attn_patch import PagedCache
 from hf_attn_patch.cli.common import print_table, progress_bar
 from hf_attn_patch.compare import (
     CompareOptions,
@@ -119,6 +117,10 @@ def implementations(source: Path, options: argparse.Namespace) -> None:
 
 def in_pages(source: Path, options: argparse.Namespace) -> None:
     """All prompts as one padded batch: what they have in common is stored once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hf_attn_patch import PagedCache
+
     heading("2. All prompts at once, from a cache in pages")
     load = AutoModelForCausalLM.from_pretrained
     tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")

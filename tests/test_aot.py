@@ -16,7 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("forward", "dq", "dkdv", "delta", "bias_grad", "decode", "reduce", "append")
+KERNELS = ("forward", "dq", "dkdv", "delta", "bias_grad", "decode", "reduce", "append", "mla")
 
 
 def report(*args: str, code: int = 0) -> list[dict[str, str]]:
@@ -50,6 +50,7 @@ SAMPLE = (
     "bf16-D128-Q1-page16",
     "bf16-D128-Q256-page16",
     "append bf16",
+    "mla bf16-R512-P64-H128-page16",
 )
 
 

@@ -17,7 +17,7 @@ import hf_attn_patch
 from hf_attn_patch import Accepted, Rejected, check, entry
 from hf_attn_patch.requirements import DeviceRequirement
 
-NAMES = ("triton_fa2", "triton_swa", "triton_paged_flash2")
+NAMES = ("triton_fa2", "triton_swa", "triton_paged_flash2", "triton_mla")
 LLAMA = next(spec for spec in EVERY if spec.id == "llama")
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import Cache, PreTrainedModel, implementation_of
+from ..models import mla
 from ..swa_settings import OWN_WINDOWS, required
 from .layer import PagedLayer, check_reader
 from .rolling import layer_windows
@@ -62,6 +63,8 @@ class PagedCache(Cache):
             raise ValueError(f"max_bytes must be positive or None, got {max_bytes!r}")
         self.config = model.config.get_text_config(decoder=True)
         check_reader(self.config)
+        if implementation_of(self.config) == mla.NAME:  # set after loading, maybe
+            mla.prepare(model)
         triton_swa = implementation_of(self.config) == "triton_swa"
         settings = required(self.config) if triton_swa else OWN_WINDOWS
         windows = layer_windows(self.config, settings)

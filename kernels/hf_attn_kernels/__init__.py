@@ -5,11 +5,13 @@ Needs torch; Triton is imported on the first call with GPU tensors, never before
 
 from .api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from .backends import backend_name, use_backend
+from .mla import mla_decode
 
 __all__ = [
     "backend_name",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
+    "mla_decode",
     "use_backend",
 ]

@@ -70,8 +70,8 @@ def backend_name(device: torch.device) -> str:
 
 
 def load(device: torch.device) -> ModuleType:
-    """The backend's package. It has ``attention(Problem)`` and
-    ``attention_with_cache(CacheProblem)``, each returning ``(out, lse)``."""
+    """The backend's package. It has ``attention(Problem)``, ``attention_with_cache(CacheProblem)``
+    and ``mla_attention(MlaProblem)``, each returning ``(out, lse)``."""
     if backend_name(device) == "triton":
         from . import triton as backend
     else:

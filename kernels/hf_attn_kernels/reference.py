@@ -85,6 +85,42 @@ def attention_reference(
     return out, out_lse
 
 
+def mla_reference(
+    q_nope: Tensor,
+    q_rope: Tensor,
+    latent: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    w_uv: Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """Multi-head latent attention as DeepSeek-V2 (2024) defines it: keys and values expanded.
+
+    Args:
+        q_nope: ``[B, Q, H, N]``; q_rope: ``[B, Q, H, P]``.
+        latent: ``[B, K, R]``; k_rope: ``[B, K, P]``, shared by the heads.
+        w_uk: ``[H, N, R]``; w_uv: ``[H, V, R]``: each head's keys and values from the latent.
+        options: of :func:`attention_reference`.
+
+    Returns:
+        ``[B, Q, H, V]`` and the log-sum-exp ``[B, H, Q]``.
+    """
+    wide = latent.to(dtype)
+    heads = w_uk.shape[0]
+    k_nope = torch.einsum("bkr,hnr->bkhn", wide, w_uk.to(dtype))
+    values = torch.einsum("bkr,hvr->bkhv", wide, w_uv.to(dtype))
+    shared = k_rope.to(dtype)[:, :, None].expand(-1, -1, heads, -1)
+    return attention_reference(
+        torch.cat([q_nope.to(dtype), q_rope.to(dtype)], dim=-1),
+        torch.cat([k_nope, shared], dim=-1),
+        values,
+        dtype=dtype,
+        **options,
+    )
+
+
 def _row(t: Tensor | None, b: int, rank: int) -> Tensor | None:
     """Row b of a tensor whose leading (batch) dimension may be 1 or missing."""
     if t is None or t.dim() < rank:

@@ -7,6 +7,7 @@ of queries and tiles of keys, :mod:`.choice` picks the engine (:mod:`.flash` or 
 
 from .cached import attention_with_cache
 from .choice import plan
+from .mla import mla_attention
 from .op import attention
 
-__all__ = ["attention", "attention_with_cache", "plan"]
+__all__ = ["attention", "attention_with_cache", "mla_attention", "plan"]

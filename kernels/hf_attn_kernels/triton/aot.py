@@ -25,7 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-CASE_MODULES = ("cases", "decode_cases")
+CASE_MODULES = ("cases", "decode_cases", "mla_cases")
 
 _POINTEES = {
     torch.float16: "fp16",

@@ -54,7 +54,7 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         new_keys=0 if p.new is None else p.new.k.shape[1], max_q=p.max_seqlen_q,
         max_k=p.max_seqlen_k,
     )  # fmt: skip
-    with _on(p.q.device):
+    with on(p.q.device):
         append = compiled = None
         if p.new is not None and x.new_keys and x.batch:
             append, turned = append_launch(x, p.new)
@@ -158,7 +158,7 @@ def _check_dtype(q: Tensor) -> None:
         )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device; switching costs microseconds, so only where needed."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
@@ -185,7 +185,7 @@ def _decode(
         scaling=scaling, window_left=left, window_right=right, softcap=softcap,
         sink_tokens=sink_tokens,
     )  # fmt: skip
-    with _on(q.device):
+    with on(q.device):
         out, lse, _ = _run(x, pattern, num_splits)
     return out, lse
 
@@ -217,7 +217,7 @@ def _append(
     if cos is not None and sin is not None:
         rotary = Rotary(cos=cos, sin=sin, interleaved=interleaved, ordered=ordered)
     launch, turned = append_launch(x, NewKeys(k=k, v=v, rotary=rotary))
-    with _on(q.device):
+    with on(q.device):
         launch.run()
     return q.new_empty(0) if turned is None else turned
 

@@ -123,7 +123,7 @@ def _longest_view(x: Cache, pattern: Pattern, tokens: int) -> int:
     return min(keys, window)
 
 
-def _strides(x: Tensor) -> list[int]:
+def strides(x: Tensor) -> list[int]:
     """Of all dimensions but the last. A dimension of one element takes no step: its stride says
     nothing about alignment, and may not make Triton compile again."""
     return [0 if n == 1 else step for n, step in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
@@ -143,8 +143,8 @@ def _decode_arguments(
     x: Cache, pattern: Pattern, config: DecodeConfig, splits: int, out: Tensor, lse: Tensor,
     partial: Tensor | None,
 ) -> dict[str, Any]:  # fmt: skip
-    q_steps = _strides(x.q) if x.cu_q is None else [0, *_strides(x.q)]
-    steps = [*q_steps, *_strides(x.k), *_strides(x.v)]
+    q_steps = strides(x.q) if x.cu_q is None else [0, *strides(x.q)]
+    steps = [*q_steps, *strides(x.k), *strides(x.v)]
     # strides in units of up to 16 bytes, so that the compiler can vectorise also where a stride is
     # no multiple of 16 elements
     unit = math.gcd(16 // x.k.element_size(), *steps)
