@@ -218,7 +218,7 @@ def test_two_runs_to_one_target(
     try:
         _wait_until_stopped(process.pid)
         for resume in (False, True):
-            with pytest.raises(ValueError, match="another conversion is writing"):
+            with pytest.raises(ValueError, match="another run is writing"):
                 convert(source, tmp_path / "b", num_key_value_heads=1, resume=resume)
         process.send_signal(signal.SIGCONT)
         _, errors = process.communicate(timeout=60)
