@@ -1,7 +1,10 @@
 # Every target sets up what it needs. A fresh machine needs python3 (3.10 or newer, with venv) and make.
-#   make demo      the main job on a real checkpoint       make check   format, lint, types, README
-#   make test      the tests, on two transformers releases make bench   CPU rows into results/
-#   make results   README's tables from results/*.csv      make gpu SLICE=correctness   on a GPU machine
+#   make demo      the main job on a real checkpoint
+#   make test      the tests, on two transformers releases
+#   make check     format, lint, types, tables
+#   make bench     CPU rows into results/
+#   make results   the tables of README.md and docs/ from results/*.csv
+#   make gpu SLICE=correctness   on a GPU machine
 
 PYTHON ?= python3
 SLICE ?= all
@@ -18,7 +21,7 @@ WORKERS ?= 2
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers))
 
 .PHONY: setup demo test test-newest test-oldest bench results gpu wheel clean
-.PHONY: check check-format check-lint check-types check-readme format
+.PHONY: check check-format check-lint check-types check-tables format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -55,7 +58,7 @@ test-newest: $(VENV)/.ready
 test-oldest: $(OLDEST)/.ready
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) $(OLDEST_TESTS)
 
-check: check-format check-lint check-types check-readme
+check: check-format check-lint check-types check-tables
 
 check-format: $(VENV)/.ready
 	$(BIN) -m ruff format --check .
@@ -66,8 +69,8 @@ check-lint: $(VENV)/.ready
 check-types: $(VENV)/.ready
 	$(BIN) -m mypy
 
-check-readme: $(VENV)/.ready
-	$(BIN) scripts/readme_tables.py --check
+check-tables: $(VENV)/.ready
+	$(BIN) scripts/result_tables.py --check
 
 format: $(VENV)/.ready
 	$(BIN) -m ruff format .
@@ -77,7 +80,7 @@ bench: $(VENV)/.ready
 	$(BIN) scripts/bench_attention.py --out results/attention_cpu.csv $(ARGS)
 
 results: $(VENV)/.ready
-	$(BIN) scripts/readme_tables.py
+	$(BIN) scripts/result_tables.py
 
 # No virtual environment: a GPU machine brings its own torch and triton.
 gpu:

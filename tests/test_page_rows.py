@@ -43,7 +43,7 @@ class Memory:
         self.rows.settle()
         self.spoil()
         before = self.rows.tokens
-        changes = self.rows.extend(counts, width, ids, dict.fromkeys(self.pages, 1))
+        changes = self.rows.extend(counts, width, ids, lambda: dict.fromkeys(self.pages, 1))
         for window, change in changes.items():
             held, table = self.pages[window], self.rows.tables[window]
             for source, target in change.copies:
@@ -163,7 +163,7 @@ def test_waste_is_small_where_contiguous_rows_waste_much() -> None:
     lengths = [draw.randrange(1, 2049) for _ in range(256)]
     rows = Rows({None: 0}, 16)
     rows.begin(len(lengths))
-    rows.extend(lengths, max(lengths), None, {None: 1})
+    rows.extend(lengths, max(lengths), None, lambda: {None: 1})
     (table,) = rows.tables.values()
     used = table.pool.used * 16
     assert filled(table, lengths) == sum(lengths)
@@ -194,7 +194,7 @@ def test_out_of_pages_changes_nothing() -> None:
     (table,) = memory.rows.tables.values()
     rows = [list(row) for row in table.rows]
     with pytest.raises(OutOfPagesError, match=r"need 2 pages of 4 tokens .* more than") as caught:
-        memory.rows.extend([9, 9], 9, None, {None: 1})
+        memory.rows.extend([9, 9], 9, None, lambda: {None: 1})
     assert caught.value.missing == 2
     assert table.rows == rows
     assert memory.rows.tokens == [3, 5]

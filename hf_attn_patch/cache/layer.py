@@ -20,6 +20,7 @@ from .pool import NOBODYS
 if TYPE_CHECKING:
     from .paged import PagedCache
 
+READERS = tuple(impl.name for impl in IMPLEMENTATIONS if impl.supports.paged)
 ATTRIBUTE = "hf_attn_layer"  # on the keys that `update` returns
 # the first tokens set the scale of float8 pages; later ones may be this many times as large
 FP8_HEADROOM = 4.0
@@ -32,10 +33,10 @@ def layer_of(keys: Tensor) -> PagedLayer | None:
 
 def check_reader(config: Any) -> None:
     """Raises ValueError unless a model's attention implementation can read a PagedCache."""
-    name, readers = implementation_of(config), [i.name for i in IMPLEMENTATIONS if i.supports.paged]
-    if name not in readers:
+    name = implementation_of(config)
+    if name not in READERS:
         raise ValueError(
-            f"a PagedCache is read by {', '.join(readers)}, this model has "
+            f"a PagedCache is read by {', '.join(READERS)}, this model has "
             f"attn_implementation={name!r}: load it with one of these, or use transformers' "
             "DynamicCache"
         )

@@ -26,8 +26,8 @@ class PagedCache(Cache):
 
     Rows of a batch share the pages of equal beginnings and copy them when they part (beams,
     ``num_return_sequences``, equal prompts). Padding takes no place. Pages that leave a layer's
-    window are let go. Full pages stay findable by their tokens: :meth:`start` takes from them what
-    a new prompt has in common with earlier rows. Kwon et al., "PagedAttention" (2023).
+    window are let go. Full pages stay findable by their tokens: :meth:`start`, called before
+    ``generate()``, takes from them what a new prompt has in common with earlier rows. Kwon et al., "PagedAttention" (2023).
 
     Padding comes before a row's tokens (``padding_side="left"``). Encoder-decoder models take
     ``EncoderDecoderCache(PagedCache(model), DynamicCache())``: cross-attention keeps plain tensors.
@@ -35,7 +35,8 @@ class PagedCache(Cache):
     Args:
         model: with one of our implementations; a hook on it tells the cache the token ids.
         page_size: tokens of a page: 16, 32, 64, 128 or 256.
-        max_bytes: of keys and values; None: as much as is asked for.
+        max_bytes: of keys and values; None: as much as is asked for. A pool that grows is copied a
+            layer at a time: for that moment there is one layer's pool more.
         dtype: None for the model's own, or ``"fp8"``: float8_e4m3fn with one scale per head, set
             by the first tokens.
 
@@ -240,7 +241,7 @@ class PagedCache(Cache):
         if ids is not None and tuple(ids.shape) != (batch, new):
             ids = None
         before = rows.tokens
-        changes = rows.extend(real, new, ids, self._page_bytes())
+        changes = rows.extend(real, new, ids, self._page_bytes)
         for layer in self.layers:
             layer.copy_pages(changes[layer.window].copies)
         for window, table in self.on_device.items():

@@ -5,7 +5,7 @@ Numbers only, no memory: whoever holds the memory carries out the :class:`.table
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ ROLLBACK = 64
 FOREVER = 1 << 62
 
 Window = int | None
+PageBytes = Callable[[], Mapping[Window, int]]  # bytes of a page over all layers of a window
 
 
 class Rows:
@@ -88,7 +89,7 @@ class Rows:
         return column
 
     def extend(
-        self, new: Sequence[int], width: int, ids: Tensor | None, page_bytes: Mapping[Window, int]
+        self, new: Sequence[int], width: int, ids: Tensor | None, page_bytes: PageBytes
     ) -> dict[Window, Changes]:
         """``new[r]`` more tokens in row r; `ids` ``[B, width]`` ends with them, if it is known.
 
@@ -162,21 +163,22 @@ class Rows:
         return FOREVER if self.keep_all else ROLLBACK
 
     def _make_room(
-        self, before: Sequence[int], after: Sequence[int], page_bytes: Mapping[Window, int]
+        self, before: Sequence[int], after: Sequence[int], page_bytes: PageBytes
     ) -> None:
         """Set each pool's limit by what is left of `max_bytes`, or raise OutOfPagesError."""
         if self.max_bytes is None:
             return
+        sizes = page_bytes()
         pools = {window: table.pool for window, table in self.tables.items()}
-        spare = self.max_bytes - sum(p.size * page_bytes[w] for w, p in pools.items())
+        spare = self.max_bytes - sum(p.size * sizes[w] for w, p in pools.items())
         growth = {}
         for window, table in self.tables.items():
             pool = pools[window]
             wanted = table.needed(before, after, self._slack) - pool.free - pool.kept
             growth[window] = max(0, wanted)
-            spare -= growth[window] * page_bytes[window]
+            spare -= growth[window] * sizes[window]
         if spare < 0:
-            size = sum(page_bytes.values())
+            size = sum(sizes.values())
             missing = -(spare // size)
             raise OutOfPagesError(
                 f"the paged cache is full: {len(after)} rows of up to {max(after)} tokens need "
@@ -186,5 +188,5 @@ class Rows:
                 missing,
             )
         for window, pool in pools.items():
-            share = max(0, spare) // len(pools) // max(1, page_bytes[window])
+            share = max(0, spare) // len(pools) // max(1, sizes[window])
             pool.limit = pool.size + growth[window] + share

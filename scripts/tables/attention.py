@@ -1,0 +1,131 @@
+"""Attention calls beside their peers, on the CPU and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from hf_attn_patch.bench.rows import OURS, read_rows
+
+from .markdown import Row, measured_on, milliseconds, short, table, unmeasured
+
+CPU_CSV, GPU_CSV, MLA_CSV = "attention_cpu.csv", "attention_gpu.csv", "mla_cpu.csv"
+
+
+class Problem(NamedTuple):
+    """What rows of one comparison have in common."""
+
+    pass_: str
+    extra: str
+    heads: str
+    head_dim: str
+    sizes: str
+    window: str
+    causal: str
+    batch: str
+    dtype: str
+    device: str
+
+
+def _problem(row: Row) -> Problem:
+    same = row["seq_q"] == row["seq_k"]
+    return Problem(
+        pass_=row["pass"],
+        extra=row["extra"],
+        heads=f"{row['heads_q']}/{row['heads_kv']}",
+        head_dim=row["head_dim"],
+        sizes=row["seq_k"] if same else f"{row['seq_q']}x{row['seq_k']}",
+        window=row["window"],
+        causal="causal" if row["causal"] == "1" else "full",
+        batch=row["batch"],
+        dtype=row["dtype"],
+        device=row["device"],
+    )
+
+
+def _grouped(rows: Iterable[Row]) -> dict[Problem, dict[str, Row]]:
+    """Rows by problem and contender; the newest of a contender's rows counts."""
+    groups: dict[Problem, dict[str, Row]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        groups.setdefault(_problem(row), {})[row["impl"]] = row
+    return groups
+
+
+def _is_ours(impl: str) -> bool:
+    return impl == OURS or impl.startswith(f"{OURS}:")
+
+
+def cpu_table(results: Path) -> str:
+    """One line per problem: this package's time, and every peer's as a multiple of it."""
+    rows = read_rows(results / CPU_CSV)
+    if not rows:
+        return unmeasured("CPU", "make bench")
+    lines = []
+    for problem, contenders in _grouped(rows).items():
+        ours = [row for impl, row in contenders.items() if _is_ours(impl)]
+        if not ours:
+            continue
+        best = min(ours, key=lambda row: float(row["p50_ms"]))
+        mine = float(best["p50_ms"])
+        peers = sorted(
+            (float(row["p50_ms"]), impl) for impl, row in contenders.items() if not _is_ours(impl)
+        )
+        ratios = " · ".join(f"{impl} {short(ms / mine)}×" for ms, impl in peers)
+        lines.append([_describe(problem), problem.dtype, milliseconds(best), ratios])
+    head = ["work", "dtype", "hf_attn_patch", "the others, × its time"]
+    return f"{table(head, lines)}\n\n{measured_on(rows)}"
+
+
+def _describe(problem: Problem) -> str:
+    window = f", W {problem.window}" if problem.window else ""
+    extra = f", {problem.extra}" if problem.extra else ""
+    return (
+        f"{problem.pass_} {problem.causal} {problem.sizes}{window}{extra}, "
+        f"B {problem.batch}, H {problem.heads}, D {problem.head_dim}"
+    )
+
+
+def gpu_table(pass_: str) -> Callable[[Path], str]:
+    """Contenders across, problems down; TFLOP/s, for decode GB/s of K and V."""
+
+    def write(results: Path) -> str:
+        every = read_rows(results / GPU_CSV)
+        rows = [row for row in every if row["pass"] == pass_ and row["extra"] != "launch"]
+        if not rows:
+            return unmeasured(f"GPU {pass_}", f"make gpu SLICE={pass_}")
+        rate, unit = ("gbytes_s", "GB/s") if pass_ == "decode" else ("tflops", "TFLOP/s")
+        groups = _grouped(rows)
+        names = list(dict.fromkeys(impl for contenders in groups.values() for impl in contenders))
+        lines = []
+        for problem, contenders in groups.items():
+            cells = [short(float(contenders[n][rate])) if n in contenders else "–" for n in names]
+            lines.append([_describe(problem), problem.dtype, *cells])
+        limits = [row for row in every if row["pass"] == "ceiling"]
+        limit = " · ".join(
+            f"{row['extra']} {float(row[rate]):.0f} {unit}" for row in limits if row[rate]
+        )
+        note = measured_on(rows) + (f" The device's own ceiling: {limit}." if limit else "")
+        return f"{table([unit, 'dtype', *names], lines)}\n\n{note}"
+
+    return write
+
+
+def mla_table(results: Path) -> str:
+    """Decoding over latents: this package's time, the peers' as multiples of it."""
+    rows = read_rows(results / MLA_CSV)
+    if not rows:
+        return unmeasured("MLA", "python scripts/bench_mla.py")
+    groups = _grouped(rows)
+    peers = sorted({row["impl"] for row in rows if not _is_ours(row["impl"])})
+    lines = []
+    for problem, contenders in groups.items():
+        mine = contenders[OURS]
+        ratios = (float(contenders[p]["p50_ms"]) / float(mine["p50_ms"]) for p in peers)
+        what = problem.extra.split(";")[0].removeprefix("MLA ")
+        keys = f"{int(mine['seq_k']):,}"
+        lines.append(
+            [what, problem.dtype, keys, milliseconds(mine), *(f"{r:.0f}×" for r in ratios)]
+        )
+    head = ["what", "dtype", "keys", "triton_mla", *(f"{peer}, × its time" for peer in peers)]
+    return f"{table(head, lines)}\n\n{measured_on(rows)}"

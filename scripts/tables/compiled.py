@@ -1,0 +1,29 @@
+"""What the Triton kernels take when they are compiled ahead of time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .markdown import Row, csv_rows, table
+
+AOT_CSV = "aot.csv"
+
+
+def aot_table(results: Path) -> str:
+    """Per chip and kernel: how many shipped configurations compile, and the most that one uses."""
+    rows = csv_rows(results / AOT_CSV)
+    if not rows:
+        return "*Not compiled yet: `python scripts/aot_report.py --out results/aot.csv`.*"
+    by_chip: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        by_chip.setdefault((row["arch"], row["kernel"]), []).append(row)
+    head = ["chip", "kernel", "configs", "shared memory, at most", "of", "spilling configs"]
+    lines = []
+    for (arch, kernel), members in by_chip.items():
+        shared = max(int(row["shared"]) for row in members)
+        spills = [int(row["spilled"]) for row in members]
+        spilling = "not known" if min(spills) < 0 else str(sum(s > 0 for s in spills))
+        limit = members[0]["shared_limit"]
+        cells = [arch, f"`{kernel}`", str(len(members)), str(shared), limit, spilling]
+        lines.append(cells)
+    return table(head, lines)

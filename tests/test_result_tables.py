@@ -1,0 +1,166 @@
+"""The tables of README.md and docs/: written from results/, and noticed when they are stale."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import fields, replace
+
+import pytest
+import result_tables as tool
+from tables import attention, compiled, conversion, implementations, models
+
+from hf_attn_patch.bench import rows
+from hf_attn_patch.registry import Capabilities
+
+ENV = rows.Environment(
+    device="chip",
+    threads=1,
+    torch="2.13",
+    triton="3.7",
+    transformers="5",
+    commit="c",
+    date="2026-01-01",
+)
+
+
+def row(impl: str, p50: float, **changes) -> rows.BenchRow:
+    timing = rows.Timing(p20_ms=p50 * 0.9, p50_ms=p50, p80_ms=p50 * 1.1)
+    plain = rows.BenchRow(
+        impl=impl,
+        pass_="forward",
+        dtype="bf16",
+        batch=1,
+        heads_q=32,
+        heads_kv=8,
+        head_dim=128,
+        seq_q=4096,
+        seq_k=4096,
+        env=ENV,
+        timing=timing,
+    )
+    return replace(plain, **changes)
+
+
+def skeleton(names=tuple(tool.TABLES)) -> str:
+    marks = (f"<!-- table:{name} -->\nold\n<!-- /table:{name} -->" for name in names)
+    return "# Title\n\n" + "\n\ntext between\n\n".join(marks) + "\n"
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A README with one table and a page below docs/ with all others."""
+    first, *others = tool.TABLES
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    (tmp_path / "README.md").write_text(skeleton([first]))
+    (tmp_path / "docs" / "deep" / "page.md").write_text(skeleton(others))
+    return tmp_path
+
+
+def arguments(project) -> list[str]:
+    return ["--root", str(project), "--results", str(project)]
+
+
+def test_without_results_the_tables_say_so(tmp_path):
+    file = tmp_path / "README.md"
+    text = tool.render({file: skeleton()}, tmp_path)[file]
+    assert "old" not in text and text.count("text between") == len(tool.TABLES) - 1
+    # all but the registry's own and what is compiled
+    assert text.count("not measured yet") == len(tool.TABLES) - 2 and "Not compiled yet" in text
+    assert tool.render({file: text}, tmp_path)[file] == text  # a second run changes nothing
+
+
+def test_cpu_peers_are_multiples_of_ours(tmp_path):
+    measured = [row(rows.OURS, 100.0), row("sdpa_mask", 250.0), row("eager", 1234.0)]
+    measured += [
+        row("sdpa_mask", 5.0, seq_q=1, extra="page=16", window=512)
+    ]  # nobody of ours: no line
+    rows.append_rows(tmp_path / attention.CPU_CSV, measured)
+    table = attention.cpu_table(tmp_path)
+    assert "100 ms (90.0 to 110)" in table and "sdpa_mask 2.50× · eager 12.3×" in table
+    assert "on chip, 1 thread; torch 2.13" in table and "page=16" not in table
+
+
+def test_the_newest_row_and_our_best_variant_count(tmp_path):
+    newer = replace(ENV, date="2026-02-01")
+    measured = [row(rows.OURS, 50.0, env=newer), row(rows.OURS, 100.0), row("sdpa", 100.0)]
+    measured += [row(f"{rows.OURS}:split", 25.0)]
+    rows.append_rows(tmp_path / attention.CPU_CSV, measured)
+    assert "sdpa 4.00×" in attention.cpu_table(tmp_path)
+
+
+def test_gpu_rates_stand_in_columns_with_the_ceiling(tmp_path):
+    measured = [
+        row(rows.OURS, 1.0, tflops=480.0),
+        row("sdpa_cudnn", 1.0, tflops=590.4),
+        row(rows.OURS, 1.0, tflops=300.0, seq_q=512, seq_k=512),
+        row("matmul", 1.0, pass_="ceiling", extra="matmul", tflops=790.0),
+        row("copy", 1.0, pass_="ceiling", extra="copy", gbytes_s=4300.0),
+        row(rows.OURS, 0.009, pass_="decode", seq_q=1, extra="launch"),
+    ]
+    rows.append_rows(tmp_path / attention.GPU_CSV, measured)
+    table = attention.gpu_table("forward")(tmp_path)
+    assert "| TFLOP/s | dtype | hf_attn_patch | sdpa_cudnn |" in table
+    assert "| bf16 | 480 | 590 |" in table and "| bf16 | 300 | – |" in table
+    assert "ceiling: matmul 790 TFLOP/s." in table and "4300" not in table
+    assert "not measured yet" in attention.gpu_table("decode")(
+        tmp_path
+    )  # launch cost alone is no rate
+
+
+def test_compiled_configurations_are_summed_up(tmp_path):
+    columns = ["arch", "kernel", "name", "shared", "shared_limit", "spilled"]
+    with (tmp_path / compiled.AOT_CSV).open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([columns, ["sm_90", "forward", "D64", 100, 232448, 0]])
+        writer.writerows([["sm_90", "forward", "D128", 900, 232448, 8]])
+        writer.writerows([["gfx942", "forward", "D64", 100, 65536, -1]])
+    table = compiled.aot_table(tmp_path)
+    assert "| sm_90 | `forward` | 2 | 900 | 232448 | 1 |" in table
+    assert "| gfx942 | `forward` | 1 | 100 | 65536 | not known |" in table
+
+
+def test_every_capability_has_a_line(tmp_path):
+    table = implementations.implementations_table(tmp_path)
+    assert {field.name for field in fields(Capabilities)} == set(implementations.FEATURES)
+    assert "| `triton_fa2` | `triton_swa` |" in table
+    assert "| backend on CPU | blockwise PyTorch |" in table
+
+
+def test_a_stale_file_is_noticed_and_mended(project, capsys):
+    page = project / "docs" / "deep" / "page.md"
+    assert tool.main([*arguments(project), "--check"]) == 1
+    assert "docs/deep/page.md: make results" in capsys.readouterr().err
+    assert "old" in page.read_text()
+    assert tool.main(arguments(project)) == 0
+    assert "old" not in page.read_text()
+    assert tool.main([*arguments(project), "--check"]) == 0
+
+
+def test_a_misspelt_or_doubled_table_is_an_error(project, capsys):
+    page = project / "docs" / "deep" / "page.md"
+    page.write_text(page.read_text().replace("table:cpu", "table:cpus"))
+    assert tool.main(arguments(project)) == 1
+    assert "cpu (0 times), cpus (1 times)" in capsys.readouterr().err
+    page.write_text(skeleton())  # one of them is in README.md already
+    assert tool.main(arguments(project)) == 1
+    assert "implementations (2 times)" in capsys.readouterr().err
+
+
+def test_models_and_trainings_are_shown_as_measured(tmp_path):
+    (tmp_path / models.GENERATE_CSV).write_text(
+        "impl,model,dtype,requests,longest_prompt,new_tokens,page_size,tokens_s,of_sdpa,"
+        "generate_bytes,pool_bytes,same_tokens,device,threads,torch,triton,transformers,date\n"
+        "sdpa,m,float32,2,9,4,64,10,1.0,2097152,1048576,1.0,chip,1,2,3,5,2026-01-01\n"
+        "ours,m,float32,2,9,4,64,25,2.5,1048576,1048576,0.5,chip,1,2,3,5,2026-01-01\n"
+    )
+    table = models.generate_table(tmp_path)
+    assert "| `ours` | float32 | 25.0 | 2.50× | 1 MiB | 50% |\n| `sdpa` |" in table
+    (tmp_path / conversion.GQA_CSV).write_text(
+        "method,kv_heads,percent,loss,ppl,kl\n"
+        "csvd,1,5,kl,12.34,.0625\nmean,1,0,,99,1\nmean,4,0,,50,.5\ncontrol,0,0,,10,0\n"
+    )
+    lines = conversion.gqa_table(tmp_path).splitlines()[2:]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| source's", "none (control)"], ["| 4", "mean"], ["| 1", "mean"], ["| 1", "csvd"]
+    ]  # fmt: skip
+    assert lines[3] == "| 1 | csvd | – | 12.3 (0.062) | – | – | – |"
