@@ -2,6 +2,7 @@
 #   make demo      the main job on a real checkpoint
 #   make test      the tests, on two transformers releases
 #   make check     format, lint, types, tables
+#   make docs      the site, with strict links
 #   make bench     CPU rows into results/
 #   make results   the tables of README.md and docs/ from results/*.csv
 #   make gpu SLICE=correctness   on a GPU machine
@@ -11,6 +12,7 @@ SLICE ?= all
 ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
+DOCS := .venv-docs
 BIN := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -qq
 
@@ -20,7 +22,7 @@ WORKERS ?= 2
 # what touches names that differ between releases of transformers
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers))
 
-.PHONY: setup demo test test-newest test-oldest bench results gpu wheel clean
+.PHONY: setup demo test test-newest test-oldest docs bench results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -76,6 +78,16 @@ format: $(VENV)/.ready
 	$(BIN) -m ruff format .
 	$(BIN) -m ruff check --fix .
 
+# Docstrings are read, not imported: torch is not needed.
+$(DOCS)/.ready: constraints/docs.txt
+	@echo "setting up $(DOCS) ..."
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python $(PIP) -r constraints/docs.txt
+	@touch $@
+
+docs: $(DOCS)/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs --quiet build --strict
+
 bench: $(VENV)/.ready
 	$(BIN) scripts/bench_attention.py --out results/attention_cpu.csv $(ARGS)
 
@@ -90,4 +102,4 @@ wheel: $(VENV)/.ready
 	$(BIN) -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(DOCS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -35,7 +35,7 @@ KV_HEADS = (4, 2, 1)
 SHARES = (0, 5, 10)  # per cent of the tokens that the source saw
 LOSSES = ("ce", "kl")
 CONTROL = "control"  # as a method: the source, not merged
-CALIBRATION_TOKENS, LENGTH = 49_152, 256
+CALIBRATION_TOKENS, LENGTH, FIT_STEPS = 49_152, 256, 384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +189,19 @@ class Lab:
         from hf_attn_converters import METHODS as KNOWN
         from hf_attn_converters import convert
         from hf_attn_converters.calibration import Calibration
+        from hf_attn_converters.fit import FitSettings
 
         if cell.method == CONTROL:
             return self.source, 0.0
         folder = self.folder / f"{cell.method}-{cell.kv_heads}"
         if folder.exists():
             return folder, 0.0
-        calibration = Calibration(text=self.text, tokens=CALIBRATION_TOKENS, sequence_length=LENGTH)
+        calibration = Calibration(
+            text=self.text,
+            tokens=CALIBRATION_TOKENS,
+            sequence_length=LENGTH,
+            fit=FitSettings(steps=FIT_STEPS),
+        )
         calibrated = KNOWN[cell.method].calibrated
         begin = time.perf_counter()
         convert(

@@ -132,8 +132,9 @@ def flash_attn_varlen_func(
             entries and for pages that a window hides from every query. Inference only, without
             dropout and bias.
         bias: ``[1|R, 1|Hq, 1|max_seqlen_q, max_seqlen_k]``, counted from each sequence's own start.
-        k_descale, v_descale: with float8 pages, see :func:`flash_attn_with_kvcache`.
-        The others: as in :func:`flash_attn_func`, with R in the place of B.
+        k_descale: with float8 pages, see :func:`flash_attn_with_kvcache`; so is v_descale.
+
+    The other arguments are those of :func:`flash_attn_func`, with R in the place of B.
 
     Returns:
         ``[Tq, Hq, Dv]``, or with `return_attn_probs` also the log-sum-exp ``[Hq, Tq]`` and None.
@@ -256,7 +257,8 @@ def flash_attn_with_kvcache(
         k_descale: ``[Hkv]`` or ``[B, Hkv]`` float32, of a float8 cache: a stored number times it is
             the value. New keys are divided by it, rounded, and held to ±448. None is 1.
         v_descale: the same of the values.
-        The others: as in :func:`flash_attn_func`.
+
+    The other arguments are those of :func:`flash_attn_func`.
 
     Returns:
         ``[B, Q, Hq, Dv]``, with `return_softmax_lse` also ``[B, Hq, Q]`` float32.

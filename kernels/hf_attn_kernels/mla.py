@@ -90,8 +90,9 @@ def mla_decode(
         causal: a query sees no later key.
         window_size: keys visible to the left and right of the diagonal, -1 for all.
         num_splits: pieces the keys are cut into and combined from; 0 lets the backend choose.
-        latent_descale, rope_descale: ``[1]`` float32, of a float8 cache: a stored number times it
-            is the value. None is 1.
+        latent_descale: ``[1]`` float32, of a float8 cache: a stored number times it is the value.
+            None is 1.
+        rope_descale: the same of the rotated keys.
         return_softmax_lse: also return the natural log-sum-exp.
 
     Returns:
