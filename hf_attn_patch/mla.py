@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_attn_kernels import mla_decode
 
@@ -205,4 +206,5 @@ def _weights(module: nn.Module, query: Tensor) -> Tensor:
             "use attn_implementation='triton_fa2'."
         )
     weight: Tensor = linear.weight
-    return weight
+    # tensor parallelism: the rows of this process's heads
+    return weight.to_local() if isinstance(weight, DTensor) else weight
