@@ -20,7 +20,7 @@ PIP := -m pip --disable-pip-version-check install -qq
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 # what touches names that differ between releases of transformers
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers))
+OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers hub_kernel))
 
 .PHONY: setup demo test test-newest test-oldest docs bench results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format
@@ -45,7 +45,7 @@ $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	$(call make_venv,$(VENV),constraints/cpu.txt,[dev$(comma)compare$(comma)uptrain],)
 
 $(OLDEST)/.ready: pyproject.toml constraints/oldest.txt
-	$(call make_venv,$(OLDEST),constraints/oldest.txt,[gpu],hypothesis psutil pytest pytest-xdist)
+	$(call make_venv,$(OLDEST),constraints/oldest.txt,[gpu],hypothesis kernels psutil pytest pytest-xdist)
 
 comma := ,
 

@@ -7,8 +7,9 @@ Which tiles are read and which need a mask is worked out from the positions, as 
 
 from __future__ import annotations
 
+import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,9 @@ PICTURES: dict[str, Callable[[], Any]] = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.parse_args(argv)
     import matplotlib
 
     matplotlib.use("svg")

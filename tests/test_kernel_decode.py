@@ -271,7 +271,7 @@ def test_opcheck(name: str, make: Callable[[], tuple[object, ...]]) -> None:
     import hf_attn_kernels.triton.decode  # noqa: F401  (defines the operators)
 
     torch.library.opcheck(
-        getattr(torch.ops.hf_attn, name).default,
+        getattr(torch.ops.hf_attn_kernels, name).default,
         make(),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
@@ -283,7 +283,7 @@ def test_compiles_without_graph_break() -> None:
     args = op_arguments()
 
     def twice(q: Tensor) -> Tensor:
-        out: Tensor = torch.ops.hf_attn.decode(q, *args[1:])[0]
+        out: Tensor = torch.ops.hf_attn_kernels.decode(q, *args[1:])[0]
         return out * 2
 
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")

@@ -165,7 +165,7 @@ def test_operator_and_compile() -> None:
     call = (absorbed(case, x), x.q_rope, latent, k_rope)
     numbers = (0.2, -1, 0, 2)
     torch.library.opcheck(
-        torch.ops.hf_attn.mla_decode.default,
+        torch.ops.hf_attn_kernels.mla_decode.default,
         (*call, lengths, table, None, None, None, None, *numbers),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )

@@ -27,6 +27,7 @@ from .cache_checks import (
 )
 from .checks import ALL_FLOATS, FLOAT_DTYPES, check_pattern
 from .fp8 import E4M3, is_float8
+from .namespace import NAMESPACE, OPS
 from .problem import Pattern
 
 
@@ -124,7 +125,7 @@ def mla_decode(
         check_int32("cache_leftpad", cache_leftpad, (batch,), device)
     _check_key_mask(key_mask, latent, block_table)
     _check_descales(latent, latent_descale, rope_descale)
-    out, lse = torch.ops.hf_attn.mla_decode(
+    out, lse = OPS.mla_decode(
         q_latent, q_rope, latent, k_rope, seqlens,
         None if block_table is None else block_table.contiguous(), cache_leftpad, key_mask,
         latent_descale, rope_descale, pattern.scaling, pattern.window_left, pattern.window_right,
@@ -210,7 +211,7 @@ def _check_descales(latent: Tensor, *descales: Tensor | None) -> None:
 
 
 # One operator for every backend: torch.compile sees it whole, and a CUDA graph records it.
-_LIBRARY = torch.library.Library("hf_attn", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _LIBRARY.define(
     "mla_decode(Tensor q_latent, Tensor q_rope, Tensor latent, Tensor k_rope, Tensor? seqlens, "
     "Tensor? block_table, Tensor? leftpad, Tensor? key_mask, Tensor? latent_descale, "
@@ -237,7 +238,7 @@ def _mla_decode(
 _LIBRARY.impl("mla_decode", _mla_decode, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("hf_attn::mla_decode", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+@torch.library.register_fake(f"{NAMESPACE}::mla_decode", lib=_LIBRARY)  # type: ignore[untyped-decorator]
 def _(q_latent: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     batch, q_len, heads, _ = q_latent.shape
     return (

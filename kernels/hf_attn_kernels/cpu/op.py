@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
 from . import direct, run
 from .choice import choose, traits_of
@@ -88,7 +89,7 @@ def _problem(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Problem:
     )
 
 
-@torch.library.custom_op("hf_attn_kernels::cpu_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::cpu_attention", mutates_args=(), device_types="cpu")
 def cpu_attention(
     q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, alibi_slopes: Tensor | None,
     bias: Tensor | None, key_padding_mask: Tensor | None, cu_seqlens_q: Tensor | None,
@@ -117,7 +118,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return out, q.new_empty(*rows[:-1], heads, rows[-1], dtype=sum_dtype(q.dtype))
 
 
-@torch.library.custom_op("hf_attn_kernels::cpu_attention_grad", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{NAMESPACE}::cpu_attention_grad", mutates_args=(), device_types="cpu")
 def cpu_attention_grad(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, bias_grad: bool,
     q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, alibi_slopes: Tensor | None,

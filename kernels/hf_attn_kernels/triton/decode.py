@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..known import learn
+from ..namespace import NAMESPACE, OPS
 from ..problem import CacheProblem, NewKeys, Pattern, Problem, Rotary
 from .append import append_launch
 from .config import chip_of
@@ -101,13 +102,13 @@ def _by_operators(p: CacheProblem) -> tuple[Tensor, Tensor]:
     if new is not None and new.k.shape[1]:
         rotary = new.rotary
         turn = (None, None) if rotary is None else (rotary.cos, rotary.sin)
-        turned = torch.ops.hf_attn.append(
+        turned = OPS.append(
             q, new.k, new.v, p.k_cache, p.v_cache, p.seqlens_k, p.block_table, p.batch_idx,
             p.k_descale, p.v_descale, *turn, rotary is not None and rotary.interleaved,
             rotary is not None and rotary.ordered,
         )  # fmt: skip
         q = q if rotary is None else turned
-    out, lse = torch.ops.hf_attn.decode(
+    out, lse = OPS.decode(
         q, p.k_cache, p.v_cache, p.seqlens_k if p.cu_seqlens_k is None else p.cu_seqlens_k,
         p.cu_seqlens_q, p.block_table, p.batch_idx, p.leftpad, None, p.s_aux, p.alibi_slopes,
         p.k_descale, p.v_descale, 0 if new is None else new.k.shape[1], p.max_seqlen_q,
@@ -143,7 +144,7 @@ def decode_dense(problem: Problem) -> tuple[Tensor, Tensor]:
         leftpad = p.key_padding_mask.to(torch.int32).argmax(dim=1).to(torch.int32)
     slopes = slopes[None] if slopes is not None and slopes.dim() == 1 else slopes
     _check_dtype(p.q)
-    out, lse = torch.ops.hf_attn.decode(
+    out, lse = OPS.decode(
         p.q, p.k, p.v, None, None, None, None, leftpad, p.key_padding_mask, p.s_aux, slopes, None,
         None, 0, 0, 0, *_numbers(p.pattern), 0,
     )  # fmt: skip
@@ -223,7 +224,7 @@ def _append(
 
 
 # A bare Library costs a third of what custom_op does at each call, and inference needs no autograd
-_LIBRARY = torch.library.Library("hf_attn", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _LIBRARY.define(
     "decode(Tensor q, Tensor k, Tensor v, Tensor? seqlens, Tensor? cu_q, Tensor? block_table, "
     "Tensor? batch_idx, Tensor? leftpad, Tensor? key_mask, Tensor? s_aux, Tensor? slopes, "
@@ -239,13 +240,13 @@ _LIBRARY.impl("decode", _decode, "CompositeExplicitAutograd")
 _LIBRARY.impl("append", _append, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("hf_attn::decode", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::decode", lib=_LIBRARY)
 def _(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, cu_q: Tensor | None, *rest: object
 ) -> tuple[Tensor, Tensor]:
     return new_outputs(q, v, packed=cu_q is not None)
 
 
-@torch.library.register_fake("hf_attn::append", lib=_LIBRARY)
+@torch.library.register_fake(f"{NAMESPACE}::append", lib=_LIBRARY)
 def _(q: Tensor, *rest: object) -> Tensor:
     return q.new_empty(q.shape if rest[9] is not None else 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
 from .decode import decode_dense, serves_dense
 from .launch import Inputs, Shape, run_backward, run_forward
@@ -49,7 +50,7 @@ def _rows_of_slopes(slopes: Tensor | None) -> Tensor | None:
     return (slopes if slopes.dim() == 2 else slopes[None]).contiguous()
 
 
-@torch.library.custom_op("hf_attn::attention_forward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_forward", mutates_args=())
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -94,7 +95,7 @@ def _(
     return Shape.of(q, k, v, cu_q, max_q, max_k).empty_outputs(q)
 
 
-@torch.library.custom_op("hf_attn::attention_backward", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
 def attention_backward(
     dout: Tensor,
     dlse: Tensor | None,
