@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tables.attention import cpu_table, gpu_table, mla_table
+from tables.attention import cpu_table, gpu_table, growth_table, mla_table
 from tables.compiled import aot_table
 from tables.conversion import convert_table, gqa_table
 from tables.implementations import implementations_table
@@ -27,6 +27,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "implementations": implementations_table,
     "cpu": cpu_table,
     "mla": mla_table,
+    "growth": growth_table,
     "gpu-forward": gpu_table("forward"),
     "gpu-backward": gpu_table("backward"),
     "gpu-decode": gpu_table("decode"),

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from hf_attn_patch.bench.growth import exponent
 from hf_attn_patch.bench.rows import OURS, read_rows
 
 from .markdown import Row, measured_on, milliseconds, short, table, unmeasured
 
-CPU_CSV, GPU_CSV, MLA_CSV = "attention_cpu.csv", "attention_gpu.csv", "mla_cpu.csv"
+CPU_CSV, GPU_CSV = "attention_cpu.csv", "attention_gpu.csv"
+MLA_CSV, GROWTH_CSV = "mla_cpu.csv", "growth_cpu.csv"
 
 
 class Problem(NamedTuple):
@@ -128,4 +130,22 @@ def mla_table(results: Path) -> str:
             [what, problem.dtype, keys, milliseconds(mine), *(f"{r:.0f}×" for r in ratios)]
         )
     head = ["what", "dtype", "keys", "triton_mla", *(f"{peer}, × its time" for peer in peers)]
+    return f"{table(head, lines)}\n\n{measured_on(rows)}"
+
+
+def growth_table(results: Path) -> str:
+    """Lengths across, curves down, and the exponent of each."""
+    rows = read_rows(results / GROWTH_CSV)
+    if not rows:
+        return unmeasured("Growth", "python scripts/bench_growth.py --out results/growth_cpu.csv")
+    curves: dict[str, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        curves.setdefault(row["extra"], {})[int(row["seq_k"])] = float(row["p50_ms"])
+    lengths = sorted({n for times in curves.values() for n in times})
+    lines = []
+    for name, times in curves.items():
+        grown = exponent(list(times), list(times.values()))
+        cells = [short(times[n]) if n in times else "–" for n in lengths]
+        lines.append([name, *cells, "–" if grown is None else f"{grown:.2f}"])
+    head = ["ms", *(f"{n // 1024}k" for n in lengths), "exponent from 4k on"]
     return f"{table(head, lines)}\n\n{measured_on(rows)}"
