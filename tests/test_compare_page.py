@@ -15,7 +15,7 @@ import pytest
 from tiny_checkpoints import tiny_checkpoint
 
 from hf_attn_converters import convert
-from hf_attn_patch.compare import CompareOptions, Comparison, compare
+from hf_attn_patch.compare import CompareOptions, Comparison, compare, markdown, table
 from hf_attn_patch.compare.page import check_report, command, html, write_report
 from hf_attn_patch.compare.page.key import model_key
 from hf_attn_patch.compare.records import Record, read_record
@@ -70,7 +70,8 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     made["calibration"] = {"errors": [0.25, 0.5]}
     (one / "conversion.json").write_text(json.dumps(made))
     steps = [{"tokens": 1000 * i, "kl": 1 / (i + 1), "ppl": 9.0} for i in range(4)]
-    (one / "uptrain.json").write_text(json.dumps({"steps": steps}))
+    trained = {"steps": steps, "recovered_percent": 87.25}
+    (one / "uptrain.json").write_text(json.dumps(trained))
     (folder / "text.txt").write_text("the quick brown fox jumps over the dog.\n\n" * 20)
     (folder / "prompts.txt").write_text("\n".join([SCRIPT, *["the fox"] * 5]))
     options = CompareOptions(
@@ -103,6 +104,16 @@ def test_what_the_page_says(page: str, result: Comparison) -> None:
     assert result.provenance["torch"] in tree.text
 
 
+def test_what_uptraining_recovered(page: str, result: Comparison) -> None:
+    """On the page, in the table and in Markdown; not where no control run was made."""
+    assert re.search(r"<td>87\.2%</td>", page)
+    [cells] = [row[1:] for row in table(result)[1] if row[0] == "recovered"]
+    assert cells == ["", "", "87.2%"]
+    assert "| recovered | – | – | 87.2% |" in markdown(result)
+    without = [dataclasses.replace(r, recovered_percent=None) for r in result.records]
+    assert "recovered" not in markdown(dataclasses.replace(result, records=without))
+
+
 def test_it_stands_alone(page: str) -> None:
     tree = Tree(page)
     assert "script" not in tree.tags and "iframe" not in tree.tags
@@ -128,6 +139,8 @@ def test_text_from_outside_is_escaped(page: str, result: Comparison) -> None:
     )
     spoilt = html(label)
     assert "<img" not in spoilt and "<u>" not in spoilt
+    marked = markdown(label)
+    assert "\\<script>" in marked and not re.search(r"(?<!\\)<(script|b|i|img|/p)\b", marked)
     assert "</p><img src=x>" in Tree(spoilt).text
 
 
@@ -191,7 +204,7 @@ def test_letters_and_colours_for_many_models(result: Comparison) -> None:
 @pytest.mark.parametrize(
     "content",
     ["", "[]", "{", '{"calibration": {"errors": ["x"]}, "steps": 3}', '{"steps": [3, {"kl": 1}]}',
-     '{"calibration": 1, "kv_heads_before": "2", "steps": {}}'],
+     '{"calibration": 1, "kv_heads_before": "2", "steps": {}, "recovered_percent": "x"}'],
 )  # fmt: skip
 def test_records_of_another_form_count_for_none(content: str, tmp_path: Path) -> None:
     for name in ("conversion.json", "uptrain.json"):

@@ -6,10 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -30,7 +27,6 @@ from hf_attn_patch.compare.generation import encode_prompt, measure_generation
 from hf_attn_patch.compare.memory import PeakMemory
 from hf_attn_patch.compare.models import load
 from hf_attn_patch.compare.speed import measure_speed
-from hf_attn_patch.compare.tasks import measure_tasks
 
 WORDS = "the quick brown fox jumps over the lazy dog while nobody looks at all. "
 
@@ -224,37 +220,6 @@ def test_chat_template(folder: Path) -> None:
     plain, chat = (encode_prompt(tokenizer, "hello", c)["input_ids"] for c in (False, None))
     assert tokenizer.decode(chat[0]) == "<hello>"
     assert tokenizer.decode(plain[0]) == "hello"
-
-
-def test_tasks_of_the_harness(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in that answers in the harness's form (lm-eval 0.4.13)."""
-    asked = []
-
-    def simple_evaluate(model: Any, tasks: list[str], **options: Any) -> dict[str, Any]:
-        asked.append((model, tasks, options["limit"]))
-        row = {"alias": "arc", "acc,none": 0.5 / len(asked), "acc_stderr,none": 0.125,
-               "f1,strict": 0.25, "f1_stderr,strict": "N/A"}  # fmt: skip
-        return {"results": {"arc": row}}
-
-    package, wrapper = ModuleType("lm_eval"), ModuleType("lm_eval.models.huggingface")
-    package.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
-    wrapper.HFLM = lambda pretrained, tokenizer: pretrained  # type: ignore[attr-defined]
-    for name, module in (("lm_eval", package), ("lm_eval.models", ModuleType("lm_eval.models")),
-                         ("lm_eval.models.huggingface", wrapper)):  # fmt: skip
-        monkeypatch.setitem(sys.modules, name, module)
-    models = [load(parse_spec(f"{folder}/{name}"), label=name) for name in ("source", "mqa")]
-    scores = measure_tasks(models, ["arc", "own.yaml"], limit=7)
-    assert [m for m, _, _ in asked] == [loaded.model for loaded in models]
-    assert asked[0][1:] == (["arc", str(Path("own.yaml").absolute())], 7)
-    assert [(s.label, s.metric, s.value, s.error) for s in scores] == [
-        ("source", "acc", 0.5, 0.125), ("source", "f1", 0.25, None),
-        ("mqa", "acc", 0.25, 0.125), ("mqa", "f1", 0.25, None),
-    ]  # fmt: skip
-    options = CompareOptions(text=folder / "text.txt", max_tokens=0, new_tokens=0, rounds=0)
-    result = compare(f"{folder}/source", [f"{folder}/mqa"], options)
-    result = dataclasses.replace(result, tasks=scores)
-    body = {name: cells for name, *cells in table(result)[1]}
-    assert body["arc, acc"] == ["0.500 ± 0.12", "0.250 ± 0.12 (-0.250)"]
 
 
 class TestRefused:

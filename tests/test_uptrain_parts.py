@@ -14,11 +14,11 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_attn_converters.text import read_documents
+from hf_attn_converters.uptrain import data, recovered
 from hf_attn_converters.uptrain import loss as losses
-from hf_attn_converters.uptrain import recovered
 from hf_attn_converters.uptrain.callbacks import waited
 from hf_attn_converters.uptrain.data import PackedRows, write_rows
-from hf_attn_converters.uptrain.memory import Need, check_fits
+from hf_attn_converters.uptrain.memory import Need, check_fits, in_one_memory
 from hf_attn_converters.uptrain.record import card_with, steps_of
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -196,6 +196,40 @@ def test_documents_of_files(tmp_path: Path, kind: str) -> None:
     assert list(read_documents(path)) == ["first", "second\nline", "third"]
 
 
+@pytest.fixture
+def dataset(tmp_path: Path) -> str:
+    """A dataset whose second shard cannot be read."""
+    pytest.importorskip("datasets")
+    (tmp_path / "data").mkdir()
+    rows = [json.dumps({"text": f"{n} one two three four five"}) for n in range(8)]
+    (tmp_path / "data" / "train-00000-of-00002.jsonl").write_text("\n".join(rows) + "\n")
+    (tmp_path / "data" / "train-00001-of-00002.jsonl").write_text("no JSON\n")
+    (tmp_path / "data" / "validation-00000-of-00001.jsonl").write_text('{"text": "held out"}\n')
+    return str(tmp_path)
+
+
+def test_a_dataset_is_streamed(dataset: str) -> None:
+    """Documents come before what follows them is read; a split is chosen by its name."""
+    documents = read_documents(dataset)
+    assert [next(documents)[:5] for _ in range(3)] == ["0 one", "1 one", "2 one"]
+    with pytest.raises(Exception, match="JSON"):  # the control: all of it cannot be read
+        list(documents)
+    assert list(read_documents(f"{dataset}:validation")) == ["held out"]
+    with pytest.raises(ValueError, match="neither a text file nor a dataset"):
+        list(read_documents(f"{dataset}:ghost"))
+
+
+def test_rows_of_a_dataset(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packing reads no further than rows and shuffling ask for."""
+    monkeypatch.setattr(data, "BUFFER", 4)
+    files = tmp_path / "rows", tmp_path / "eval"
+    write_rows(*files, (dataset,), f"{dataset}:validation", byte_tokenizer(),
+               length=8, rows=3, eval_rows=1, seed=0)  # fmt: skip
+    rows, held_out = (PackedRows(file, 8) for file in files)
+    assert len(rows) == 3 and len(held_out) == 1
+    assert byte_tokenizer().decode(held_out[0]["input_ids"]) == "held out"
+
+
 def test_a_text_shorter_than_one_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"too short: \d+ tokens to .*, one row takes 64"):
         packed(tmp_path, "nothing much", length=64)
@@ -215,6 +249,30 @@ def test_what_does_not_fit() -> None:
     check_fits(Need(student=5, teacher=4), 9, "the CPU")
     with pytest.raises(ValueError, match=r"teacher \(6\.00 GB\).*2\.50 GB more than the 8\.00 GB"):
         check_fits(Need(student=int(4.5e9), teacher=int(6e9)), int(8e9), "the CPU")
+
+
+@pytest.mark.parametrize(
+    ("sharded_by", "on_cpu", "expected"),
+    [
+        ("", False, Need(student=800, teacher=400)),  # whole in each process
+        ("", True, Need(student=1600, teacher=800)),  # whole twice in one memory
+        ("FSDP", False, Need(student=200, teacher=100)),
+        ("FSDP", True, Need(student=400, teacher=200)),
+        ("DEEPSPEED 2", False, Need(student=200, teacher=400)),
+        ("DEEPSPEED 3", False, Need(student=200, teacher=100)),
+    ],
+)
+def test_what_processes_take(
+    sharded_by: str, on_cpu: bool, expected: Need, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four processes on two machines."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    name, _, stage = sharded_by.partition(" ")
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    if stage:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    assert in_one_memory(Need(student=800, teacher=400), on_cpu=on_cpu) == expected
 
 
 def test_recovered() -> None:

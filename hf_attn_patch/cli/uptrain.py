@@ -1,6 +1,7 @@
 """`hf-attn uptrain`: train a converted checkpoint on the distributions of its source.
 
-Defaults are in `hf_attn_converters.uptrain.UptrainOptions`: what is not given is not passed on.
+Names, defaults and help are those of `hf_attn_converters.uptrain.UptrainOptions`, written again
+because --help must not wait for torch; tests/test_uptrain_script.py holds them together.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import typer
 from .common import JsonOption, print_json, print_table, progress_bar
 
 if TYPE_CHECKING:
-    from hf_attn_converters.uptrain import Estimate, UptrainResult
+    from hf_attn_converters.uptrain import Estimate, UptrainOptions, UptrainResult
 
 OURS = "triton_fa2"
 
@@ -23,64 +24,77 @@ def uptrain_command(
     student: Annotated[Path, typer.Argument(help="Folder of the converted checkpoint.")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
     text: Annotated[
-        list[str], typer.Option(help="Text, JSONL, Parquet or a dataset NAME:SPLIT; repeat.")
+        list[str],
+        typer.Option(help="Text, JSONL, Parquet or a dataset NAME:SPLIT; may be several."),
     ],
     teacher: Annotated[
-        Path | None, typer.Option(help="The source that STUDENT was converted from.")
+        Path | None, typer.Option(help="Folder of the source that the student was converted from.")
     ] = None,
     eval_text: Annotated[
         str | None, typer.Option(help="Measure on this, not on a held-out part of the text.")
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="To train on (1,000,000).")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="To train on; if not given, a share of the pretraining's.")
+    ] = None,
     pretraining_tokens: Annotated[
-        int | None, typer.Option(help="Of the source; 0.01% of them are trained on.")
+        int | None,
+        typer.Option(
+            help="What the source was trained on; if not given, what is usual for its size."
+        ),
     ] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens of a row (512).")] = None,
+    sequence_length: Annotated[
+        int, typer.Option(help="Tokens of a row; at most what the model has positions for.")
+    ] = 512,
     loss: Annotated[
-        str | None, typer.Option(help="kl (from the teacher; the default), ce or mix.")
-    ] = None,
-    kl_share: Annotated[float | None, typer.Option(help="Of the mix (0.5).")] = None,
-    train: Annotated[str | None, typer.Option(help="attention, or all weights (all).")] = None,
+        str, typer.Option(help="kl (from the teacher, forward, temperature 1), ce or mix.")
+    ] = "kl",
+    kl_share: Annotated[float, typer.Option(help="Of the KL, in a mix.")] = 0.5,
+    train: Annotated[str, typer.Option(help="attention, or all weights.")] = "all",
     learning_rate: Annotated[
-        float | None, typer.Option(help="After the warm-up; then down to zero (5e-4).")
-    ] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps (0.05).")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's (0).")] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest gradient norm (1).")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Rows at once, of each process (8).")
-    ] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches per step (1).")] = None,
+        float, typer.Option(help="The peak, after the warm-up; then linear to zero.")
+    ] = 5e-4,
+    warmup: Annotated[float, typer.Option(help="Share of the steps.")] = 0.05,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's, on matrices only.")] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest norm of the gradient.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(help="Rows at once, of each process.")] = 8,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     precision: Annotated[
-        str | None,
-        typer.Option(help="bf16 (arithmetic; the default), bf16-weights or float32."),
-    ] = None,
+        str, typer.Option(help="bf16 (arithmetic), bf16-weights or float32.")
+    ] = "bf16",
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Compute activations twice to save memory.")
     ] = False,
     evaluations: Annotated[
-        int | None, typer.Option(help="In all, a checkpoint after each (10).")
-    ] = None,
-    eval_tokens: Annotated[int | None, typer.Option(help="Held out (16,384).")] = None,
+        int,
+        typer.Option(
+            help="In the course of the training, a checkpoint after each; one more before it."
+        ),
+    ] = 10,
+    eval_tokens: Annotated[
+        int, typer.Option(help="Held out; at most a tenth of the text.")
+    ] = 16_384,
     patience: Annotated[
-        int | None, typer.Option(help="Evaluations without gain before it stops; 0: never (3).")
-    ] = None,
+        int, typer.Option(help="Evaluations in a row without gain before it stops; 0 never stops.")
+    ] = 3,
     min_gain: Annotated[
-        float | None, typer.Option(help="What counts as a gain, a share of the loss (0.001).")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order of the text.")] = None,
+        float, typer.Option(help="What counts as a gain: a share of the best loss so far.")
+    ] = 0.001,
+    seed: Annotated[
+        int, typer.Option(help="Of whatever is drawn: the order of the text, dropout.")
+    ] = 0,
     attn_implementation: Annotated[
-        str, typer.Option(help="Also sdpa, eager and what `hf-attn list` names.")
+        str, typer.Option(help="As transformers knows it: triton_fa2, sdpa, eager and others.")
     ] = OURS,
     device: Annotated[str | None, typer.Option(help="cpu, to leave an accelerator unused.")] = None,
     report_to: Annotated[
-        str | None, typer.Option(help="Loggers of transformers' Trainer, such as tensorboard.")
-    ] = None,
+        str,
+        typer.Option(help="Loggers of transformers' Trainer, such as tensorboard; commas between."),
+    ] = "none",
     control: Annotated[
         bool, typer.Option(help="Train the source likewise, to say how much was recovered.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Continue an interrupted run to the same --output.")
+        bool, typer.Option(help="Continue an interrupted run to the same output.")
     ] = False,
     json: JsonOption = False,
 ) -> None:
@@ -88,11 +102,17 @@ def uptrain_command(
 
     The loss is the forward KL from the source; see docs/uptraining.md.
     """
-    given = {k: v for k, v in locals().items() if v is not None and k != "json"}
-    import hf_attn_patch  # noqa: F401  registers the attention implementations
-    from hf_attn_converters.uptrain import Hooks, UptrainOptions, uptrain
+    given = {k: v for k, v in locals().items() if k != "json"}
+    from hf_attn_converters.uptrain import UptrainOptions
 
-    options = UptrainOptions(**given | {"text": tuple(text)})
+    run(UptrainOptions(**given | {"text": tuple(text)}), json=json)
+
+
+def run(options: UptrainOptions, *, json: bool) -> None:
+    """Uptrain with progress on stderr and the result on stdout, both in the first process only."""
+    import hf_attn_patch  # noqa: F401  registers the attention implementations
+    from hf_attn_converters.uptrain import Hooks, uptrain
+
     main = int(os.environ.get("RANK", 0)) == 0
     with progress_bar(quiet=not main) as update:
 

@@ -51,6 +51,10 @@ def score(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
+def per_cent(value: float) -> str:
+    return f"{value:.1f}%"
+
+
 Show = Callable[[Any], str]
 
 
@@ -172,6 +176,14 @@ OF_TEXTS = (
         change=points,
     ),
 )
+OF_RECORDS = (
+    Measure(
+        name="recovered",
+        about="by uptraining, of what the conversion lost; from its own control run",
+        value="recovered_percent",
+        show=per_cent,
+    ),
+)
 OF_COST = (
     Measure(
         name="prefill tok/s",
@@ -206,6 +218,7 @@ def rows(comparison: Comparison) -> list[Row]:
     found = [
         *_rows(QUALITY, ON_TEXT, c.quality),
         *_rows(QUALITY, OF_ENCODERS, c.encoders),
+        *_rows(QUALITY, OF_RECORDS, c.records),
         *_rows(WRITING, OF_TEXTS, c.generation),
         *_task_rows(c),
         *_rows(COST, OF_COST, c.speed),

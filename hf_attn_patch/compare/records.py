@@ -25,6 +25,7 @@ class Record:
     kv_heads: tuple[int, int] | None = None  # before, after
     layer_errors: tuple[float, ...] = ()  # of the fit, relative to what each layer adds
     recovery: tuple[RecoveryPoint, ...] = ()
+    recovered_percent: float | None = None  # of what the conversion lost, against a control run
 
 
 def read_record(label: str, folder: str) -> Record:
@@ -42,6 +43,7 @@ def read_record(label: str, folder: str) -> Record:
         kv_heads=heads if isinstance(heads[0], int) and isinstance(heads[1], int) else None,  # type: ignore[arg-type]
         layer_errors=_numbers(errors),
         recovery=tuple(_points(steps if isinstance(steps, list) else [])),
+        recovered_percent=_number(trained.get("recovered_percent")),
     )
 
 

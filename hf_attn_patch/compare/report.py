@@ -28,18 +28,21 @@ def _cell(cell: Cell) -> str:
 
 
 def markdown(comparison: Comparison, title: str = "Comparison") -> str:
-    """The whole comparison as Markdown: verdicts, table, texts side by side, provenance."""
+    """The whole comparison as Markdown: verdicts, table, texts side by side, provenance.
+
+    What comes from models, prompts and folder names is escaped.
+    """
     header, body = table(comparison)
     parts = [f"## {title}", "", *(f"- {_line(str(v))}" for v in verdicts(comparison)), ""]
     if body:
         parts += ["| " + " | ".join(map(_line, header)) + " |"]
         parts += ["|" + "|".join(["---"] * len(header)) + "|"]
-        parts += ["| " + " | ".join(cell or "–" for cell in row) + " |" for row in body]
-        parts += ["", *legend(comparison)]
+        parts += ["| " + " | ".join(_line(cell) or "–" for cell in row) + " |" for row in body]
+        parts += ["", *map(_line, legend(comparison))]
     if comparison.generation:
         parts += ["", *_side_by_side(comparison.generation)]
     facts = "; ".join(f"{key} {value}" for key, value in comparison.provenance.items())
-    return "\n".join([*parts, "", f"*Measured on: {facts}.*", ""])
+    return "\n".join([*parts, "", f"*Measured on: {_line(facts)}.*", ""])
 
 
 def legend(comparison: Comparison) -> list[str]:
@@ -88,13 +91,13 @@ def _side_by_side(found: Sequence[Generation]) -> list[str]:
         "",
     ]
     for i, prompt in enumerate(source.prompts[:SHOWN_TEXTS]):
-        lines += [f"**{_line(prompt)}**", "", f"- {source.label}: {_line(source.texts[i])}"]
+        lines += [f"**{_line(prompt)}**", "", f"- {_line(source.label)}: {_line(source.texts[i])}"]
         for g in others:
             if g.diverged_at[i] is None:
-                lines.append(f"- {g.label}: the same")
+                lines.append(f"- {_line(g.label)}: the same")
             else:
                 common, rest = split_text(source.texts[i], g.texts[i])
-                lines.append(f"- {g.label}: {_line(common)}⟦{_line(rest)}")
+                lines.append(f"- {_line(g.label)}: {_line(common)}⟦{_line(rest)}")
         lines.append("")
     return lines[:-1]
 

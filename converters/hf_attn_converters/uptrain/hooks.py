@@ -22,7 +22,7 @@ class Estimate:
     steps: int
     tokens_per_step: int
     passes: float  # over the text
-    seconds: float | None  # from one step that was timed; None with more than one process
+    seconds: float | None  # from one step that was timed; None where models are sharded
 
 
 def _nothing(done: int, total: int, what: str) -> None:

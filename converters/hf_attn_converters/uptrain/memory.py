@@ -39,6 +39,20 @@ def need(options: UptrainOptions, weights: int, trained: int, teacher: Checkpoin
     return Need(student=mine, teacher=theirs)
 
 
+def in_one_memory(found: Need, *, on_cpu: bool) -> Need:
+    """The part of one process, or of all processes on this machine where they share its memory.
+
+    Of what FSDP and DeepSpeed shard, at least an equal part; below stage 3 the teacher is whole.
+    """
+    processes, here = (int(os.environ.get(n, 1)) for n in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    copies, parts = here if on_cpu else 1, processes if is_sharded() else 1
+    whole = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") in ("0", "1", "2")
+    return Need(
+        student=found.student * copies // parts,
+        teacher=found.teacher * copies // (1 if whole else parts),
+    )
+
+
 def numbers(checkpoint: Checkpoint) -> int:
     """Weights of a checkpoint."""
     return sum(math.prod(info.shape) for info in checkpoint)
@@ -55,9 +69,13 @@ def check_fits(found: Need, free: int, place: str) -> None:
         )
 
 
+def uses_cpu(device: str | None) -> bool:
+    return device == "cpu" or not torch.cuda.is_available()
+
+
 def free_bytes(device: str | None) -> tuple[int, str]:
     """(free memory of the device that training will run on, what to call it)."""
-    if device != "cpu" and torch.cuda.is_available():
+    if not uses_cpu(device):
         local = int(os.environ.get("LOCAL_RANK", 0))
         return torch.cuda.mem_get_info(local)[0], torch.cuda.get_device_name(local)
     import psutil

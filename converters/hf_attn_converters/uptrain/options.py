@@ -1,8 +1,11 @@
-"""What can be chosen about an uptraining: the one table of names and defaults."""
+"""What can be chosen about an uptraining: the one table of names, defaults and help.
+
+`hf-attn uptrain` and `scripts/uptrain.py` offer these fields; a test holds them together.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,78 +15,99 @@ TRAINED = ("attention", "all")
 # bf16: float32 weights, bfloat16 arithmetic (autocast); bf16-weights: bfloat16 weights too
 PRECISIONS = ("float32", "bf16", "bf16-weights")
 
-FIXED_TOKENS = 1_000_000
 SHARE = 1e-4  # of the pretraining's tokens, where those are given
+# Without them: a share of what is usual for so many weights (Hoffmann et al., arXiv:2203.15556).
+USUAL_SHARE, USUAL_PER_WEIGHT = 1e-3, 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class UptrainOptions:
-    """One uptraining.
+    """One uptraining; each field's ``metadata["help"]`` says what it is.
 
-    Args:
-        student: folder of the converted checkpoint.
-        output: folder to write; must not exist, or be empty.
-        text: files (plain, ``.jsonl``, ``.parquet``) or datasets, see
-            :func:`..text.read_documents`.
-        teacher: folder of the checkpoint that `student` was made from.
-        eval_text: measured on instead of a held-out part of `text`.
-        tokens: to train on; more than the text holds: it is read again. None: a hundredth of a
-            percent of `pretraining_tokens` if those are given, else a million.
-        pretraining_tokens: what the source was trained on.
-        sequence_length: tokens of a row; rounded down to what the model has positions for.
-        loss: ``kl`` (from the teacher, forward, temperature 1), ``ce`` or ``mix``.
-        kl_share: of the mix.
-        train: ``attention`` alone, or ``all`` weights.
-        learning_rate: the peak, reached after `warmup` (a share of the steps); then linear to zero.
-        weight_decay: AdamW's, on matrices only.
-        clip: largest norm of the gradient.
-        batch_size: rows per process at once.
-        accumulate: batches per step.
-        precision: see ``PRECISIONS``.
-        gradient_checkpointing: compute activations twice instead of keeping them.
-        evaluations: in the course of the training, a checkpoint after each; one more before it.
-        eval_tokens: held out, at most a tenth of the text.
-        patience: stop after so many evaluations in a row that gain less than `min_gain` (a
-            share of the loss) on the best before; 0 never stops.
-        seed: of whatever is drawn: the order of the text, dropout.
-        attn_implementation: as transformers knows it; None: the model's own choice.
-        device: ``cpu`` to leave an accelerator unused; None: the accelerator if there is one.
-        report_to: ``none`` or loggers of the Trainer, such as ``tensorboard``.
-        control: train the teacher by the same recipe as well, to know what it gains.
-        resume: continue an interrupted run to the same `output`.
+    `text` names what :func:`..text.read_documents` reads.
 
     Raises ValueError for values out of range.
     """
 
-    student: str | Path
-    output: str | Path
-    text: tuple[str, ...]
-    teacher: str | Path | None = None
-    eval_text: str | None = None
-    tokens: int | None = None
-    pretraining_tokens: int | None = None
-    sequence_length: int = 512
-    loss: str = "kl"
-    kl_share: float = 0.5
-    train: str = "all"
-    learning_rate: float = 5e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    batch_size: int = 8
-    accumulate: int = 1
-    precision: str = "bf16"
-    gradient_checkpointing: bool = False
-    evaluations: int = 10
-    eval_tokens: int = 16_384
-    patience: int = 3
-    min_gain: float = 0.001
-    seed: int = 0
-    attn_implementation: str | None = None
-    device: str | None = None
-    report_to: str = "none"
-    control: bool = False
-    resume: bool = False
+    student: str | Path = field(metadata={"help": "Folder of the converted checkpoint."})
+    output: str | Path = field(metadata={"help": "Folder to write; must not exist, or be empty."})
+    text: tuple[str, ...] = field(
+        metadata={"help": "Text, JSONL, Parquet or a dataset NAME:SPLIT; may be several."}
+    )
+    teacher: str | Path | None = field(
+        default=None, metadata={"help": "Folder of the source that the student was converted from."}
+    )
+    eval_text: str | None = field(
+        default=None, metadata={"help": "Measure on this, not on a held-out part of the text."}
+    )
+    tokens: int | None = field(
+        default=None, metadata={"help": "To train on; if not given, a share of the pretraining's."}
+    )
+    pretraining_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "What the source was trained on; if not given, what is usual for its size."
+        },
+    )
+    sequence_length: int = field(
+        default=512, metadata={"help": "Tokens of a row; at most what the model has positions for."}
+    )
+    loss: str = field(
+        default="kl", metadata={"help": "kl (from the teacher, forward, temperature 1), ce or mix."}
+    )
+    kl_share: float = field(default=0.5, metadata={"help": "Of the KL, in a mix."})
+    train: str = field(default="all", metadata={"help": "attention, or all weights."})
+    learning_rate: float = field(
+        default=5e-4, metadata={"help": "The peak, after the warm-up; then linear to zero."}
+    )
+    warmup: float = field(default=0.05, metadata={"help": "Share of the steps."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices only."})
+    clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
+    batch_size: int = field(default=8, metadata={"help": "Rows at once, of each process."})
+    accumulate: int = field(default=1, metadata={"help": "Batches per step."})
+    precision: str = field(
+        default="bf16", metadata={"help": "bf16 (arithmetic), bf16-weights or float32."}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations twice to save memory."}
+    )
+    evaluations: int = field(
+        default=10,
+        metadata={
+            "help": "In the course of the training, a checkpoint after each; one more before it."
+        },
+    )
+    eval_tokens: int = field(
+        default=16_384, metadata={"help": "Held out; at most a tenth of the text."}
+    )
+    patience: int = field(
+        default=3,
+        metadata={"help": "Evaluations in a row without gain before it stops; 0 never stops."},
+    )
+    min_gain: float = field(
+        default=0.001, metadata={"help": "What counts as a gain: a share of the best loss so far."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Of whatever is drawn: the order of the text, dropout."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "As transformers knows it: triton_fa2, sdpa, eager and others."},
+    )
+    device: str | None = field(
+        default=None, metadata={"help": "cpu, to leave an accelerator unused."}
+    )
+    report_to: str = field(
+        default="none",
+        metadata={"help": "Loggers of transformers' Trainer, such as tensorboard; commas between."},
+    )
+    control: bool = field(
+        default=False,
+        metadata={"help": "Train the source likewise, to say how much was recovered."},
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Continue an interrupted run to the same output."}
+    )
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("train", TRAINED), ("precision", PRECISIONS)):
@@ -120,18 +144,16 @@ class UptrainOptions:
         share = LOSSES[self.loss]
         return self.kl_share if share is None else share
 
-    @property
-    def budget(self) -> int:
-        """Tokens wanted."""
+    def budget(self, weights: int) -> int:
+        """Tokens to train a model of so many `weights` on."""
         if self.tokens is not None:
             return self.tokens
-        if self.pretraining_tokens is not None:
-            return max(1, round(SHARE * self.pretraining_tokens))
-        return FIXED_TOKENS
+        share, pretraining = SHARE, self.pretraining_tokens
+        if pretraining is None:
+            share, pretraining = USUAL_SHARE, USUAL_PER_WEIGHT * weights
+        return max(1, round(share * pretraining))
 
     def recipe(self) -> dict[str, Any]:
         """What the result depends on, as JSON, without folders and places."""
         left_out = ("student", "teacher", "output", "text", "eval_text", "resume", "report_to")
-        return {k: v for k, v in asdict(self).items() if k not in left_out} | {
-            "tokens": self.budget
-        }
+        return {k: v for k, v in asdict(self).items() if k not in left_out}

@@ -18,7 +18,7 @@ from ..output import MARKER, check_destination, locked, partial_folder
 from ..text import public_name
 from .data import EVAL_ROWS, ROWS, write_rows
 from .hooks import Hooks
-from .memory import check_fits, free_bytes, is_sharded, need
+from .memory import check_fits, free_bytes, in_one_memory, need, uses_cpu
 from .models import check_same_words, choose_trained, count, load_tokenizer, outline, positions_of
 from .options import UptrainOptions
 from .record import UPTRAIN_RECORD, card_with, recovered
@@ -79,7 +79,7 @@ def uptrain(options: UptrainOptions, hooks: Hooks | None = None) -> UptrainResul
 
 
 def checked(options: UptrainOptions) -> UptrainOptions:
-    """The options with rows that the model has positions for.
+    """The options with rows that the model has positions for, and a number of tokens.
 
     Raises ValueError unless everything named is there, belongs together and fits.
     """
@@ -95,11 +95,11 @@ def checked(options: UptrainOptions) -> UptrainOptions:
         theirs = open_checkpoint(teacher)
         check_destination(teacher, output)
         check_same_words(student, teacher)
-    found = need(options, *count(model), theirs)
-    if not is_sharded():
-        check_fits(found, *free_bytes(options.device))
+    weights, trained = count(model)
+    found = need(options, weights, trained, theirs)
+    check_fits(in_one_memory(found, on_cpu=uses_cpu(options.device)), *free_bytes(options.device))
     length = min(options.sequence_length, positions_of(model) or options.sequence_length)
-    return replace(options, sequence_length=length)
+    return replace(options, sequence_length=length, tokens=options.budget(weights))
 
 
 def _prepare(options: UptrainOptions, work: Path) -> None:
@@ -117,7 +117,8 @@ def _prepare(options: UptrainOptions, work: Path) -> None:
     for left in work.iterdir():
         if left.name != MARKER:
             shutil.rmtree(left) if left.is_dir() else left.unlink()
-    length = options.sequence_length
+    length, tokens = options.sequence_length, options.tokens
+    assert tokens is not None
     write_rows(
         work / ROWS,
         work / EVAL_ROWS,
@@ -125,7 +126,7 @@ def _prepare(options: UptrainOptions, work: Path) -> None:
         options.eval_text,
         load_tokenizer(Path(options.student)),
         length=length,
-        rows=max(1, -(-options.budget // length)),
+        rows=max(1, -(-tokens // length)),
         eval_rows=max(1, options.eval_tokens // length),
         seed=options.seed,
     )

@@ -45,15 +45,33 @@ class Uptrainer(Trainer):
         self.teacher = None if teacher is None else self._placed(teacher)
 
     def _placed(self, teacher: PreTrainedModel) -> nn.Module:
-        """Where the student is: sharded as it is under FSDP2, else whole on each device."""
+        """Where the student is: sharded as it is by FSDP2 or ZeRO-3, else whole on each device."""
         teacher.eval().requires_grad_(False)
         if getattr(self.accelerator, "is_fsdp2", False):
             from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
             prepared: nn.Module = fsdp2_prepare_model(self.accelerator, teacher)
             return prepared
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if plugin is not None and plugin.zero_stage == 3:
+            import deepspeed
+
+            # transformers has loaded it in parts, as it loads every model then
+            engine: nn.Module = deepspeed.initialize(model=teacher, config=self._inference(plugin))[
+                0
+            ]
+            return engine
         module: nn.Module = teacher
         return module.to(self.args.device)
+
+    def _inference(self, plugin: Any) -> dict[str, Any]:
+        """DeepSpeed's settings for a model that is not trained."""
+        zero = plugin.deepspeed_config["zero_optimization"]
+        return {
+            "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
+            "zero_optimization": {"stage": 3, "offload_param": zero.get("offload_param", {})},
+            "bf16": {"enabled": self.args.bf16},
+        }
 
     def compute_loss_context_manager(self) -> ExitStack:
         stack = super().compute_loss_context_manager()

@@ -81,7 +81,8 @@ def train_one(options: UptrainOptions, work: Path, hooks: Hooks, what: str) -> T
     rows, held_out = (PackedRows(work / name, length) for name in (ROWS, EVAL_ROWS))
     processes = max(1, training_arguments(options, folder).world_size)
     per_step = options.batch_size * options.accumulate * processes
-    steps = max(1, round(options.budget / (per_step * length)))
+    assert options.tokens is not None
+    steps = max(1, round(options.tokens / (per_step * length)))
     every = math.ceil(steps / options.evaluations)
     resumed = last_checkpoint(folder)
     shards = load_time_shards(options, processes)
@@ -109,7 +110,7 @@ def train_one(options: UptrainOptions, work: Path, hooks: Hooks, what: str) -> T
             steps=steps,
             tokens_per_step=per_step * length,
             passes=steps * per_step / len(rows),
-            seconds=_seconds(trainer, steps, every) if processes == 1 else None,
+            seconds=None if is_sharded() else _seconds(trainer, steps, every),
         )
     )
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -185,7 +186,10 @@ def load_time_shards(options: UptrainOptions, processes: int) -> int:
 
 
 def _seconds(trainer: Uptrainer, steps: int, every: int) -> float:
-    """Of the whole training, from one batch forth and back; a first one warms up."""
+    """Of the whole training, from one batch forth and back; a first one warms up.
+
+    Without what processes exchange.
+    """
     arguments, model = trainer.args, trainer.model
     rows: Any = trainer.train_dataset
     held_out: Any = trainer.eval_dataset
@@ -204,7 +208,8 @@ def _seconds(trainer: Uptrainer, steps: int, every: int) -> float:
             loss.item()  # waits for the device
             taken = time.perf_counter() - begin
     model.zero_grad(set_to_none=True)
-    batches = math.ceil(len(held_out) / at_once)
+    processes: int = arguments.world_size
+    batches = math.ceil(len(held_out) / (at_once * processes))
     evaluations = 1 + math.ceil(steps / every)
     return taken * (steps * arguments.gradient_accumulation_steps + FORWARD * evaluations * batches)
 
@@ -214,7 +219,9 @@ def save_model(trained: Trained, folder: Path) -> None:
     trainer = trained.trainer
     accelerator = trainer.accelerator
     # Shards are put together: all processes take part.
-    state = {n: whole(x) for n, x in accelerator.get_state_dict(trainer.model_wrapped).items()}
+    # DeepSpeed gives it to the first process only.
+    gathered = accelerator.get_state_dict(trainer.model_wrapped) or {}
+    state = {name: whole(value) for name, value in gathered.items()}
     if not trained.is_main:
         return
     model: Any = accelerator.unwrap_model(trainer.model_wrapped)
