@@ -15,7 +15,7 @@ import pytest
 from tiny_checkpoints import tiny_checkpoint
 
 from hf_attn_converters import convert
-from hf_attn_patch.compare import CompareOptions, Comparison, compare, markdown, table
+from hf_attn_patch.compare import CompareOptions, Comparison, compare, markdown, report, table
 from hf_attn_patch.compare.page import check_report, command, html, write_report
 from hf_attn_patch.compare.page.key import model_key
 from hf_attn_patch.compare.records import Record, read_record
@@ -284,3 +284,9 @@ CONTRAST = """
   return Math.min(...texts.filter(e => e.textContent.trim()).map(of));
 })()
 """
+
+
+def test_empty_lines_and_numbers_are_said_in_words() -> None:
+    assert report.folded("a\n\nb") == "a\n\nb"
+    assert report.folded("\n" * 24 + "x") == "\n⏎ × 24\nx"
+    assert report.counted(1, "round") == "1 round" and report.counted(0, "round") == "0 rounds"

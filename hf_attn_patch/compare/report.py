@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 
 from .generation import Generation
@@ -67,7 +68,7 @@ def legend(comparison: Comparison) -> list[str]:
         scores = comparison.generation[-1].overlap
         lines.append(
             f"Greedy texts of up to {options.new_tokens} tokens for "
-            f"{len(comparison.generation[0].prompts)} prompts."
+            f"{counted(len(comparison.generation[0].prompts), 'prompt')}."
             + ("" if scores.chrf is not None else " chrF and BLEU were not measured: they need "
                "the package sacrebleu, and a source that writes something.")
         )  # fmt: skip
@@ -75,8 +76,8 @@ def legend(comparison: Comparison) -> list[str]:
         s = comparison.speed[0]
         what = f"{s.new_tokens} new ones" if s.new_tokens else "one forward pass"
         lines.append(
-            f"Speed: batch {s.batch}, {s.context} prompt tokens, {what}, median of {s.rounds} "
-            "rounds in which the models take turns."
+            f"Speed: batch {s.batch}, {s.context} prompt tokens, {what}, median of "
+            f"{counted(s.rounds, 'round')} in which the models take turns."
         )
     return lines
 
@@ -109,8 +110,19 @@ def split_text(source: str, text: str) -> tuple[str, str]:
     return text[:common], text[common:]
 
 
+def folded(text: str) -> str:
+    """`text` with many empty lines in a row said in one: broken models write little else."""
+    return re.sub(r"\n{4,}", lambda lines: f"\n⏎ × {len(lines[0])}\n", text)
+
+
+def counted(number: int, what: str) -> str:
+    """Such as `1 prompt`, `2 prompts`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _line(text: str) -> str:
     """One line that Markdown leaves as it is."""
+    text = folded(text)
     for sign in "\\`*_<|[":
         text = text.replace(sign, "\\" + sign)
     return " ⏎ ".join(text.split("\n"))

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..measures import Row, rows
 from ..options import CompareOptions, Comparison
-from ..report import legend, markdown, split_text
+from ..report import folded, legend, markdown, split_text
 from ..verdict import verdicts
 from .key import Model, model_key
 from .plots import plots
@@ -106,7 +106,7 @@ def _passages(comparison: Comparison, models: list[Model]) -> list[tuple[str, li
             common, rest = split_text(source.texts[i], g.texts[i])
             if g.diverged_at[i] is not None and not rest:  # it ends before the source's does
                 rest = "[ends here]"
-            passages.append(Passage(model, common, rest, g.diverged_at[i]))
+            passages.append(Passage(model, folded(common), folded(rest), g.diverged_at[i]))
         listed.append((prompt, passages))
     return listed
 
