@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
+import subprocess
 import sys
+import sysconfig
 import zipfile
 from dataclasses import dataclass
 from importlib import metadata
@@ -229,22 +232,21 @@ def test_a_kernels_package_would_shadow_it(fresh_python, tmp_path):
     assert done.returncode != 0 and "kernels" in done.stderr
 
 
-# --- the wheel ------------------------------------------------------------------------------------
+# --- the distribution -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory, fresh_python) -> Path:
-    """The distribution, built from a copy so that the checkout stays clean."""
+    """Made from the sdist, which is made from a copy so that the checkout stays clean."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in ("hf_attn_patch", "kernels", "converters", "tests", "scripts"):
         shutil.copytree(ROOT / folder, source / folder, ignore=ignore)
-    fresh_python(
-        "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(source), cwd=out
-    )
-    [built] = out.glob("*.whl")
+    # without an option `build` makes the wheel from the sdist, not from the folder
+    fresh_python("-m", "build", "--no-isolation", "--outdir", str(out), str(source), cwd=out)
+    [built], [_] = out.glob("*.whl"), out.glob("*.tar.gz")
     return built
 
 
@@ -260,16 +262,27 @@ def test_the_wheel_carries_three_packages_and_nothing_else(wheel):
     assert {f"hf_attn_patch/compare/page/{n}" for n in ("page.html.j2", "page.css")} <= names
 
 
-def test_the_wheel_works_away_from_the_checkout(wheel, fresh_python, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
-    [entry_points] = tmp_path.glob("*.dist-info/entry_points.txt")
-    assert "hf-attn = hf_attn_patch.cli:main" in entry_points.read_text()
+def test_the_wheel_installs_into_a_clean_environment(wheel, fresh_python, tmp_path):
+    """By pip, with torch and the rest borrowed from this environment."""
+    env = tmp_path / "env"
+    fresh_python("-m", "venv", str(env))
+    python = env / "bin" / "python"
+    [site] = env.glob("lib/python*/site-packages")
+    command = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    # a path in a .pth is searched, but the .pth files in it, this checkout's among them, are not
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     code = "".join(
-        f"import {package}; assert {package}.__file__.startswith({str(tmp_path)!r})\n"
+        f"import {package}; assert {package}.__file__.startswith({str(site)!r})\n"
         for package in PACKAGES
     )
-    fresh_python(code + NO_TRITON_CAME, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    subprocess.run([python, "-c", code + NO_TRITON_CAME], check=True, cwd=tmp_path, env=clean)
+    listed = subprocess.run(
+        [env / "bin" / "hf-attn", "list", "--json"],
+        check=True, cwd=tmp_path, env=clean, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "triton_fa2" in listed.stdout
 
 
 # --- versions -------------------------------------------------------------------------------------
