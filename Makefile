@@ -1,6 +1,7 @@
 # Every target sets up what it needs. A fresh machine needs python3 (3.10 or newer, with venv) and make.
 #   make demo      the main job on a real checkpoint
 #   make test      the tests, on two transformers releases
+#   make theirs    transformers' own tests of two families, with our attention in sdpa's place
 #   make check     format, lint, types, tables
 #   make docs      the site, with strict links
 #   make bench     CPU rows into results/
@@ -22,7 +23,7 @@ WORKERS ?= 2
 # what touches names that differ between releases of transformers
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers hub_kernel))
 
-.PHONY: setup demo test test-newest test-oldest docs bench results gpu wheel clean
+.PHONY: setup demo test test-newest test-oldest theirs docs bench results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -59,6 +60,9 @@ test-newest: $(VENV)/.ready
 
 test-oldest: $(OLDEST)/.ready
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) $(OLDEST_TESTS)
+
+theirs: $(VENV)/.ready
+	$(TEST_ENV) $(BIN) scripts/their_tests.py --families llama,bert $(ARGS)
 
 check: check-format check-lint check-types check-tables
 

@@ -1,7 +1,9 @@
 """Write `hf_attn_kernels` as a kernel repository for the Hugging Face hub.
 
     python scripts/export_hub_kernel.py DEST
-    LOCAL_KERNELS=org/hf-attn-kernels=DEST/build python ...    # attn_implementation="org/hf-attn-kernels"
+    LOCAL_KERNELS=org/hf-attn-kernels=DEST/build python ...
+
+and there `attn_implementation="org/hf-attn-kernels"`.
 
 The kernels are Triton and PyTorch, so one source serves every version of torch: a variant for each
 backend, `build/torch-cuda` and so on, each with its metadata, beside the source in `torch-ext`.

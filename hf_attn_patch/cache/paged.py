@@ -27,7 +27,8 @@ class PagedCache(Cache):
     Rows of a batch share the pages of equal beginnings and copy them when they part (beams,
     ``num_return_sequences``, equal prompts). Padding takes no place. Pages that leave a layer's
     window are let go. Full pages stay findable by their tokens: :meth:`start`, called before
-    ``generate()``, takes from them what a new prompt has in common with earlier rows. Kwon et al., "PagedAttention" (2023).
+    ``generate()``, takes from them what a new prompt has in common with earlier rows. Kwon et al.,
+    "PagedAttention" (2023).
 
     Padding comes before a row's tokens (``padding_side="left"``). Encoder-decoder models take
     ``EncoderDecoderCache(PagedCache(model), DynamicCache())``: cross-attention keeps plain tensors.

@@ -58,6 +58,20 @@ def split_heads(fused: Tensor, kv_heads: int, head_dim: int, interleaved: bool) 
     return [part.flatten(2, 3).transpose(1, 2) for part in parts]
 
 
+CLASS_OF = "FalconAttention_"  # and the implementation's name: one class each
+
+
+def __getattr__(attribute: str) -> Any:
+    """The attention classes, made when asked for: a pickled model asks for them by name."""
+    from ..entry import interfaces
+
+    (_, attentions), _ = interfaces()
+    name = attribute.removeprefix(CLASS_OF)
+    if name == attribute or name not in attentions:
+        raise AttributeError(f"module {__name__!r} has no attribute {attribute!r}")
+    return _attention_class(name)
+
+
 @cache
 def _attention_class(name: str) -> type:
     # made late: importing Falcon's modelling file costs seconds that only Falcon's users should pay
@@ -120,4 +134,6 @@ def _attention_class(name: str) -> type:
             bias = alibi.view(batch, self.num_heads, 1, -1).to(torch.float32)
             return bias * self.inv_norm_factor
 
+    # where a pickle finds it again: see __getattr__
+    HfAttnFalconAttention.__qualname__ = HfAttnFalconAttention.__name__ = CLASS_OF + name
     return HfAttnFalconAttention

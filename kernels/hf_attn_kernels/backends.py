@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from .invariant import batch_invariant
+
 # backend of each torch device type; "xpu" and ROCm's "cuda" run the same Triton kernels
 DEVICE_BACKENDS = {"cuda": "triton", "xpu": "triton", "cpu": "cpu"}
 BACKENDS = ("triton", "cpu")
@@ -73,6 +75,12 @@ def load(device: torch.device) -> ModuleType:
     """The backend's package. It has ``attention(Problem)``, ``attention_with_cache(CacheProblem)``
     and ``mla_attention(MlaProblem)``, each returning ``(out, lse)``."""
     if backend_name(device) == "triton":
+        if batch_invariant():
+            raise ValueError(
+                f"batch invariance is switched on, which the kernels for {device.type!r} do not "
+                "give; possible on: cpu. Switch it off: set_batch_invariant(False), or unset "
+                "HF_ATTN_BATCH_INVARIANT"
+            )
         from . import triton as backend
     else:
         from . import cpu as backend  # type: ignore[no-redef]

@@ -40,10 +40,10 @@ def check_pattern(
     left, right = (UNBOUNDED if side < 0 else int(side) for side in window_size)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    if softcap < 0 or not math.isfinite(softcap):
+    if not 0 <= softcap < math.inf:  # math.isfinite is none of torch.compile's functions
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
     scaling = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    if not (math.isfinite(scaling) and scaling > 0):
+    if not 0 < scaling < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     if sink_tokens < 0:
         raise ValueError(f"sink_tokens must be 0 or more, got {sink_tokens}")

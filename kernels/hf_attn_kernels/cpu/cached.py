@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..append import appended
 from ..fp8 import is_float8
+from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, CacheProblem
 from . import run
 from .choice import Traits, choose
@@ -130,7 +131,8 @@ def _flat_call(problem: CacheProblem) -> run.Call:
     while first < len(rows):
         row, last = rows[first], first + 1
         while (
-            last < len(rows)
+            not batch_invariant()
+            and last < len(rows)
             and (rows[last].start, rows[last].end) == (row.start, row.end)
             and at[last] == at[last - 1] + 1
         ):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..invariant import batch_invariant
 from . import philox
 from .context import Context
 from .masks import bias_tile, key_positions
@@ -35,7 +36,8 @@ TILE_KEYS = 512
 def blocks(work: Work, scoring: Scoring, groups: int, heads_kv: int) -> Iterator[Block]:
     lead = work.row_count * heads_kv
     rows = max(PACKED_ROWS // groups, 16)
-    rows = min(rows, work.query_count or 1)
+    if work.query_count == 1 or not batch_invariant():  # the rows of padding are not counted
+        rows = min(rows, work.query_count or 1)
     keys = max(SCORE_ELEMENTS // (lead * groups * rows), TILE_KEYS)
     return query_blocks(work, scoring, rows=rows, tile_keys=keys)
 

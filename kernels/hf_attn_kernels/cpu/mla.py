@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..fp8 import is_float8
+from ..invariant import batch_invariant
 from ..mla import MlaProblem
 from ..problem import UNBOUNDED
 from .context import sum_dtype
@@ -69,7 +70,7 @@ def _together(p: MlaProblem) -> Iterator[_Rows]:
     first = 0
     while first < batch:
         last = first + 1
-        while last < batch and ranges[last] == ranges[first]:
+        while not batch_invariant() and last < batch and ranges[last] == ranges[first]:
             last += 1
         rows = slice(first, last)
         yield _Rows(rows, *ranges[first], caches[0][rows], caches[1][rows])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..invariant import batch_invariant
 from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
 from . import direct, run
@@ -48,7 +49,7 @@ def _needs_grad(tensors: list[Tensor | None]) -> bool:
 
 def _forward(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     engine = choose(traits_of(problem)).engine
-    if engine == run.FLASH:
+    if engine == run.FLASH and not batch_invariant():
         found = direct.attention(problem, need_lse=need_lse)
         if found is not None:
             return found

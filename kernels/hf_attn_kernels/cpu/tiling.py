@@ -14,6 +14,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, Pattern
 from .pages import Keys, read_range
 from .work import Work
@@ -132,10 +133,25 @@ def causal_blocks(work: Work) -> Iterator[Block]:
 
 
 def query_blocks(work: Work, scoring: Scoring, *, rows: int, tile_keys: int) -> Iterator[Block]:
-    """Blocks of at most `rows` queries whose tiles hold at most about `tile_keys` keys."""
-    for q0 in range(0, work.query_count, rows):
-        q1 = min(q0 + rows, work.query_count)
+    """Blocks of at most `rows` queries whose tiles hold at most about `tile_keys` keys.
+
+    With batch invariance they are counted from the query of the first key, and one ends at that of
+    the last, so that a row is cut alike however it is padded.
+    """
+    q0, first, last = 0, 0, work.query_count
+    if batch_invariant():
+        first, right = max(-work.offset, 0), scoring.pattern.window_right
+        if work.positions is None:
+            last = work.key_count - work.offset
+        if right != UNBOUNDED and first > right:
+            q0 = min(first - right, work.query_count)  # these come before all that they may see
+            yield Block(0, q0, ())
+    while q0 < work.query_count:
+        q1 = min(q0 + rows - (q0 - first) % rows, work.query_count)
+        if q0 < last < q1:
+            q1 = last
         yield Block(q0, q1, tuple(_tiles(work, scoring, q0, q1, tile_keys)))
+        q0 = q1
 
 
 def strips(blocks: Iterable[Block], most: int) -> Iterator[Block]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..invariant import batch_invariant
 from .pages import Keys, PagedKeys
 
 NO_SEQUENCE = -1  # the number of tokens that belong to none
@@ -67,7 +68,10 @@ class Work:
 
 def dense_works(batch: int, q_len: int, k_len: int, keep: Tensor | None) -> list[Work]:
     """Pieces of a dense batch; neighbouring rows with the same padding stay together."""
-    if keep is None or bool(keep.all()):
+    together = not batch_invariant()
+    if keep is None and not together:
+        return [_row_work(row, row + 1, q_len, k_len, 0, k_len) for row in range(batch)]
+    if keep is None or (together and bool(keep.all())):
         return [_row_work(0, batch, q_len, k_len, 0, k_len)] if batch else []
     counts = keep.sum(dim=1).tolist()
     starts = keep.int().argmax(dim=1).tolist()
@@ -85,10 +89,15 @@ def dense_works(batch: int, q_len: int, k_len: int, keep: Tensor | None) -> list
             row += 1
             continue
         last = row + 1
-        while last < batch and (counts[last], starts[last], ends[last]) == (
-            counts[row],
-            starts[row],
-            ends[row],
+        while (
+            together
+            and last < batch
+            and (counts[last], starts[last], ends[last])
+            == (
+                counts[row],
+                starts[row],
+                ends[row],
+            )
         ):
             last += 1
         works.append(_row_work(row, last, q_len, k_len, start, end))
