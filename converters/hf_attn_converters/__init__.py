@@ -10,8 +10,9 @@ is imported. Calibration, GGUF and `verify` go through transformers.
 from .convert import ConvertResult, convert
 from .families import FAMILIES, FamilySpec, family_of
 from .merge import METHODS, MergeMethod
-from .plan import ConversionPlan, plan_conversion
+from .plan import plan_conversion
 from .verify import Verification, verify_output
+from .work import ConversionPlan
 from .writer import Progress
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Calibrated conversion: layer after layer is measured, merged, perhaps fitted, and stored.
+"""Calibrated conversion: layer after layer is measured, computed, perhaps fitted, and stored.
 
 What a layer becomes is written to a file of its own; the streaming writer takes it from there, and
 an interrupted run continues behind the last finished layer.
@@ -7,24 +7,23 @@ an interrupted run continues behind the last finished layer.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .calibration import Calibration, Progress, Tokens, calibration_tokens
 from .fit import Use, fit_layer
-from .layer import change_heads, layer_facts, read_layer, store_layer
-from .plan import Work
-from .source_model import Call, SourceModel, rows_at_once
+from .layer import layer_facts, read_layer
+from .measure import Measured, Watch, run_layer
+from .source_model import SourceModel, rows_at_once
 from .target_layer import TargetLayers
+from .work import Work
 
-# Added to the covariance's diagonal, as a share of its mean: for what the text never showed.
-DAMPING = 1e-6
-TOKENS_FILE = "tokens.safetensors"
+TOKENS_FILE, SURVEY_FILE = "tokens.safetensors", "survey.safetensors"
 
 
 def calibrate_layers(
@@ -32,11 +31,12 @@ def calibrate_layers(
     folder: Path,
     calibration: Calibration | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> tuple[Work, dict[str, Any]]:
     """Write ``folder/<n>.safetensors`` for every layer n: the tensors that the method changes.
 
-    Returns what the conversion's record says of it. `progress` counts layers. Raises ValueError
-    where transformers cannot build the model or the text is unusable.
+    Returns the work, now with what its form had to know ahead, and what the conversion's record
+    says of it all. `progress` counts layers. Raises ValueError where transformers cannot build the
+    model or the text is unusable.
     """
     say = progress or (lambda done, total, what: None)
     folder.mkdir(exist_ok=True)
@@ -44,7 +44,9 @@ def calibrate_layers(
     source = SourceModel(work, settings.device or best_device(), settings.fit.step_tokens)
     settings = settings.at_most(source.positions)
     tokens = _tokens(work, folder, settings, source, say)
-    errors = _Conversion(work, folder, source, tokens.ids, settings).run(say)
+    watch = Watch(work, source, tokens.ids)
+    work = _surveyed(work, folder, watch, say)
+    errors = _Conversion(work, folder, watch, settings).run(say)
     record: dict[str, Any] = {
         "origin": tokens.origin,
         "tokens": tokens.count,
@@ -53,7 +55,7 @@ def calibrate_layers(
     }
     if work.method.fitted:
         record |= {"fit": asdict(settings.fit), "errors": [round(e, 6) for e in errors]}
-    return record
+    return work, record
 
 
 def _tokens(
@@ -71,103 +73,84 @@ def _tokens(
     return found
 
 
+def _surveyed(work: Work, folder: Path, watch: Watch, progress: Progress) -> Work:
+    """With what the form has to know of all layers: from an interrupted run's file, if there."""
+    path, count = folder / SURVEY_FILE, work.plan.layers
+
+    def layers() -> Iterator[Measured]:
+        for measured in watch.layers():
+            yield measured
+            progress(measured.layer + 1, count, f"survey of layer {measured.layer}")
+
+    if not path.exists():
+        found = work.form.survey(work, watch.source, layers())
+        if found is None:
+            return work
+        _save(path, found, {})
+    return replace(work, form=work.form.informed(_load(path)[0]))
+
+
 class _Conversion:
     """The layers one after the other, with the hidden states that reach each."""
 
-    def __init__(
-        self, work: Work, folder: Path, source: SourceModel, ids: Tensor, settings: Calibration
-    ) -> None:
-        self.work, self.folder, self.source = work, folder, source
-        self.ids, self.settings = ids, settings
-        self.calls = source.calls(ids)
+    def __init__(self, work: Work, folder: Path, watch: Watch, settings: Calibration) -> None:
+        self.work, self.folder, self.watch, self.settings = work, folder, watch, settings
+        self.device = watch.source.device
         self.targets = TargetLayers(work) if work.method.fitted else None
 
     def run(self, progress: Progress) -> list[float]:
         """Each layer's error after its fit, relative to what the layer adds; [] without fits."""
         count = self.work.plan.layers
         errors: list[float] = []
-        # Layers that share their weights are used several times each, on inputs of their own.
-        shared = any(len(calls) > 1 for calls in self.calls)
-        theirs = ours = [] if shared else [self.source.first_inputs(self.ids)]
-        for layer in range(count):
-            if shared:
-                theirs = ours = self.source.all_inputs(self.ids, layer)
-            calls, path = self.calls[layer], self.folder / f"{layer}.safetensors"
-            old = self.source.float_layer(layer)
-            covariance, outputs = self._measure(old, theirs, calls)
+        ours: list[Tensor] = []
+        for seen in self.watch.layers():
+            layer, path = seen.layer, self.folder / f"{seen.layer}.safetensors"
+            if self.watch.shared or layer == 0:
+                ours = seen.inputs
             if not path.exists():
-                tensors, about = self._merge(layer, covariance), {}
+                tensors, about = self._computed(seen), {}
                 if self.targets is not None:
-                    uses = [Use(*use) for use in zip(ours, outputs, calls, strict=True)]
-                    tensors, error = self._fit(layer, old, tensors, uses)
+                    tensors, error = self._fit(seen, tensors, ours)
                     about["error"] = repr(error)
                 _save(path, tensors, about)
             if self.targets is not None:
                 tensors, about = _load(path)
                 errors.append(float(about["error"]))
-                if not shared:
-                    new = self.targets.filled(layer, old, tensors, self.source.device)
-                    ours = [self._run(new, ours[0], calls[0])]
-            theirs = outputs
+                if not self.watch.shared:
+                    new = self.targets.filled(layer, seen.module, tensors, self.device)
+                    call = self.targets.call(self.watch.calls[layer][0])
+                    ours = [run_layer(new, ours[0], call, self.device)]
             progress(layer + 1, count, f"layer {layer}")
         return errors
 
-    @torch.no_grad()
-    def _measure(
-        self, old: nn.Module, inputs: list[Tensor], calls: list[Call]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """E[x̃ x̃ᵀ] of what the layer's queries are made of, and the layer's outputs."""
-        total: Tensor | None = None
-        seen = 0
-
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal total, seen
-            x = args[0].flatten(0, -2)
-            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            part = (x.T @ x).double().cpu()
-            total, seen = part if total is None else total + part, seen + len(x)
-
-        query = next(slot for slot in self.work.family.layout.slots if "q" in slot.roles)
-        handle = old.get_submodule(query.module).register_forward_pre_hook(watch)
-        outputs = [self._run(old, x, call) for x, call in zip(inputs, calls, strict=True)]
-        handle.remove()
-        assert total is not None
-        covariance = total / seen
-        if not covariance.isfinite().all():
-            raise ValueError("the source's hidden states hold NaN or infinity: is it damaged?")
-        covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
-        return covariance, outputs
-
-    @torch.no_grad()
-    def _run(self, layer: nn.Module, inputs: Tensor, call: Call) -> Tensor:
-        """[N, S, E] through a layer, a batch at a time; hidden states wait in main memory."""
-        batches = (batch.to(self.source.device) for batch in inputs.split(call.rows))
-        return torch.cat([call.run(layer, batch).cpu() for batch in batches])
-
-    def _merge(self, layer: int, covariance: Tensor) -> dict[str, Tensor]:
-        facts = replace(
-            layer_facts(self.work, layer),
-            covariance=covariance,
-            seed=self.settings.seed * self.work.plan.layers + layer,
-        )
-        heads = change_heads(self.work, read_layer(self.work, layer), facts)
-        return store_layer(self.work, layer, heads)
+    def _computed(self, seen: Measured) -> dict[str, Tensor]:
+        work, layer = self.work, seen.layer
+        seed = self.settings.seed * work.plan.layers + layer
+        facts = replace(layer_facts(work, layer), covariance=seen.covariance, seed=seed)
+        return work.form.layer(work, layer, read_layer(work, layer), facts)
 
     def _fit(
-        self, layer: int, old: nn.Module, tensors: Mapping[str, Tensor], uses: list[Use]
+        self, seen: Measured, tensors: Mapping[str, Tensor], ours: list[Tensor]
     ) -> tuple[dict[str, Tensor], float]:
         assert self.targets is not None
-        new = self.targets.filled(layer, old, tensors, self.source.device)
-        names = self.targets.stored_names(layer, new)
+        calls = [self.targets.call(call) for call in self.watch.calls[seen.layer]]
+        uses = [Use(*use) for use in zip(ours, seen.outputs, calls, strict=True)]
+        new = self.targets.filled(seen.layer, seen.module, tensors, self.device)
+        names = self.targets.stored_names(seen.layer, new)
         parameters = dict(new.named_parameters())
         attention = [parameters[own] for own, name in names.items() if name in tensors]
         others = [parameters[own] for own, name in names.items() if name not in tensors]
         fit = self.settings.fit
-        error = fit_layer(new, attention, others, uses, fit, seed=self.settings.seed + layer)
+        error = fit_layer(new, attention, others, uses, fit, seed=self.settings.seed + seen.layer)
         if not fit.other_lr:
             names = {own: name for own, name in names.items() if name in tensors}
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         return {
-            name: parameters[own].detach().cpu().to(self.work.dtype_of(name)).contiguous()
+            name: parameters[own]
+            .detach()
+            .cpu()
+            .to(dtypes.get(name) or self.work.dtype_of(name))
+            .contiguous()
             for own, name in names.items()
         }, error
 

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .plan import EXACT, Work
+from .work import EXACT, Work
 
 RECORD = "conversion.json"  # beside config.json
 CARD = "README.md"
@@ -74,7 +74,7 @@ def _section(record: Mapping[str, Any]) -> str:
     rows = {
         "source": f"`{record['source']}`",
         "sha256 of its weights' headers": f"`{record['source_headers_sha256']}`",
-        "KV heads": f"{record['kv_heads_before']} → {record['kv_heads_after']}",
+        "KV heads": f"{record['kv_heads_before']} → {_after(record)}",
         "query heads": record["query_heads"],
         "method": _method(record),
     }
@@ -89,7 +89,7 @@ def _section(record: Mapping[str, Any]) -> str:
         rows["against the source"] = _phrase(verification)
     for step in reversed(record["earlier"]):
         rows[f"before that, from `{step['source']}`"] = (
-            f"{step['kv_heads_before']} → {step['kv_heads_after']} KV heads ({step['method']})"
+            f"{step['kv_heads_before']} → {_after(step)} KV heads ({step['method']})"
         )
     rows["made by"] = f"{record['made_by']}; the same in `{RECORD}`"
     lines = [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
@@ -100,7 +100,19 @@ def _section(record: Mapping[str, Any]) -> str:
 def _method(record: Mapping[str, Any]) -> str:
     if record["method"] == EXACT:
         return "exact: nothing is lost, heads are repeated"
+    if record["kv_lora_rank"] is not None:
+        return f"{record['method']}: keys and values share latents; compare before use"
     return f"{record['method']}: heads are merged, which loses quality; compare before use"
+
+
+def _after(record: Mapping[str, Any]) -> str:
+    """What the source's KV heads became."""
+    if record.get("kv_lora_rank") is None:
+        return str(record["kv_heads_after"])
+    return (
+        f"latents of {record['kv_lora_rank']} and rotated keys of {record['qk_rope_head_dim']} "
+        "columns, for all heads together"
+    )
 
 
 def _phrase(values: Mapping[str, Any]) -> str:

@@ -14,17 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 from .card import version
 from .journal import sha256_of
+from .mla import plan_latents
 from .output import SOURCE, Partial, atomic_folder, check_destination, partial_folder
-from .plan import EXACT, ConversionPlan, Work, plan_conversion
+from .plan import plan_conversion
 from .safetensors_file import Stamp
 from .sources import dequantize as write_dequantized
 from .sources import described, is_gguf
 from .text import public_name, read_file
 from .verify import Text, Verification, verify_output
+from .work import EXACT, ConversionPlan, Work
 from .writer import Progress, computed_layers, stored_layers, write_about, write_weights
 
 if TYPE_CHECKING:
     from .calibration import Calibration
+
+HEADS, LATENTS = "heads", "mla"  # what attention becomes
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,10 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    num_key_value_heads: int,
+    num_key_value_heads: int | None = None,
+    to: str = HEADS,
+    kv_lora_rank: int | None = None,
+    qk_rope_head_dim: int | None = None,
     method: str | None = None,
     calibration: Calibration | None = None,
     group_heads: bool = False,
@@ -62,12 +69,16 @@ def convert(
     progress: Progress | None = None,
     layer_progress: Progress | None = None,
 ) -> ConvertResult:
-    """Write to `dst` the checkpoint `src` with another number of KV heads.
+    """Write to `dst` the checkpoint `src` with another number of KV heads, or with latents.
 
     More heads (a multiple) is exact: each head is repeated. Fewer are merged by `method`, see
     `METHODS`; `calibration` says on what text a calibrated method measures. By default it is
     "csvd+fit" where `calibration` has a text, else "csvd", on text that the model writes itself.
     `group_heads` first puts those heads next to each other that lose least by sharing.
+
+    ``to="mla"`` makes of a llama, mistral or qwen2 a dense deepseek_v3 that caches, for all heads
+    together, a latent of `kv_lora_rank` and a rotated key of `qk_rope_head_dim` columns; methods
+    "mla" and "mla+fit", chosen by the same rule: see `mla`.
 
     `src` is a folder with safetensors or `pytorch_model.bin`, or, with `dequantize`, a GGUF file.
     The stored dtype is kept; arithmetic is one precision wider.
@@ -83,16 +94,12 @@ def convert(
     """
     start = time.perf_counter()
     source, target = Path(src), Path(dst)
+    wanted = Wanted(to, num_key_value_heads, kv_lora_rank, qk_rope_head_dim, group_heads)
+    wanted.check()
 
     def plan(folder: Path) -> Work:
-        return plan_conversion(
-            folder,
-            target,
-            num_key_value_heads=num_key_value_heads,
-            method=method or default_method(calibration),
-            group_heads=group_heads,
-            tensor_parallel_size=tensor_parallel_size,
-        )
+        chosen = method or default_method(calibration, to)
+        return wanted.plan(folder, target, chosen, tensor_parallel_size)
 
     with ExitStack() as stack:
         if is_gguf(source):
@@ -117,8 +124,8 @@ def convert(
                 f"the method {work.plan.method} needs no calibration: leave the text out"
             )
         if calibrated:
-            changed = sum(work.info_after(i).nbytes for i in work.source if i.name in work.changed)
-            work = _renamed(work, source, extra_bytes=changed)
+            new = [n for i in work.source if i.name in work.changed for n in work.infos_after(i)]
+            work = _renamed(work, source, extra_bytes=sum(info.nbytes for info in new))
         text = None
         if verify_text is not None:
             text = Text(read_file(Path(verify_text)), public_name(verify_text))
@@ -127,6 +134,7 @@ def convert(
         head = {
             "version": version(),
             "kv_heads": num_key_value_heads,
+            "latents": [kv_lora_rank, qk_rope_head_dim] if to == LATENTS else None,
             "method": work.plan.method,
             "group_heads": group_heads,
             "calibration": _identity(calibration) if calibrated else None,
@@ -141,7 +149,7 @@ def convert(
             if calibrated:
                 from .calibrated import calibrate_layers
 
-                record = calibrate_layers(work, partial.layers, calibration, layer_progress)
+                work, record = calibrate_layers(work, partial.layers, calibration, layer_progress)
             layers = stored_layers(partial.layers) if calibrated else computed_layers(work)
             write_weights(work, partial, layers, progress or (lambda done, total, name: None))
             if verify:
@@ -160,9 +168,70 @@ def _verified(work: Work, folder: Path, text: Text | None) -> Verification:
         raise RuntimeError(f"verification failed: {first}") from error
 
 
-def default_method(calibration: Calibration | None) -> str:
+def default_method(calibration: Calibration | None, to: str = HEADS) -> str:
     """The best method for what is at hand: fitting needs a text that is worth it."""
-    return "csvd+fit" if calibration is not None and calibration.text is not None else "csvd"
+    closed = "mla" if to == LATENTS else "csvd"
+    fits = calibration is not None and calibration.text is not None
+    return f"{closed}+fit" if fits else closed
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for: KV heads or latents, each with its own numbers."""
+
+    to: str
+    num_key_value_heads: int | None
+    kv_lora_rank: int | None
+    qk_rope_head_dim: int | None
+    group_heads: bool
+
+    def check(self) -> None:
+        """Raises ValueError where the numbers of one are missing, or those of the other given."""
+        latents = {
+            "kv_lora_rank": self.kv_lora_rank,
+            "qk_rope_head_dim": self.qk_rope_head_dim,
+        }
+        heads = {
+            "num_key_value_heads": self.num_key_value_heads,
+            "group_heads": self.group_heads or None,
+        }
+        if self.to not in (HEADS, LATENTS):
+            raise ValueError(f"to is {self.to!r}; possible: {HEADS!r}, {LATENTS!r}")
+        if self.to == HEADS and self.num_key_value_heads is None:
+            raise ValueError(
+                "say how many KV heads (--num-key-value-heads), or ask for latents (--to mla)"
+            )
+        needed, foreign = (latents, heads) if self.to == LATENTS else ({}, latents)
+        if missing := [_option(name) for name, value in needed.items() if value is None]:
+            raise ValueError(f"--to mla needs {' and '.join(missing)}")
+        if given := [_option(name) for name, value in foreign.items() if value is not None]:
+            other = LATENTS if self.to == HEADS else HEADS
+            raise ValueError(f"{' and '.join(given)} goes with --to {other}, not --to {self.to}")
+
+    def plan(self, source: Path, target: Path, method: str, devices: int | None) -> Work:
+        if self.to == HEADS:
+            assert self.num_key_value_heads is not None
+            return plan_conversion(
+                source,
+                target,
+                num_key_value_heads=self.num_key_value_heads,
+                method=method,
+                group_heads=self.group_heads,
+                tensor_parallel_size=devices,
+            )
+        assert self.kv_lora_rank is not None and self.qk_rope_head_dim is not None
+        return plan_latents(
+            source,
+            target,
+            kv_lora_rank=self.kv_lora_rank,
+            qk_rope_head_dim=self.qk_rope_head_dim,
+            method=method,
+            tensor_parallel_size=devices,
+        )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _dequantized(source: Path, partial: Partial) -> Path:

@@ -3,23 +3,63 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .kv_heads import change_kv_heads, expand
-from .layouts import KV_ROLES, LayerHeads, Part
-from .merge import LayerFacts
+from .layouts import KV_ROLES, LayerHeads, Part, Place
+from .merge import LayerFacts, MergeMethod
 from .merge.grouping import group_heads
 from .merge.mean import pool
-from .plan import EXACT, Work
+from .safetensors_file import TensorInfo
+
+if TYPE_CHECKING:
+    from .measure import Measured
+    from .source_model import SourceModel
+    from .work import Work
+
+
+@dataclass(frozen=True)
+class KvHeads:
+    """The form of a result that has K and V heads like its source, but another number of them."""
+
+    method: MergeMethod
+    group: bool  # heads change places first, so that those share that go best together
+
+    def tensors(self, work: Work, place: Place, info: TensorInfo) -> list[TensorInfo]:
+        hidden = work.family.hidden(work.source.config)
+        shape = work.slot_after(place).shape(place.kind, work.heads_after, hidden)
+        assert shape is not None
+        return [TensorInfo(info.name, info.dtype, shape)]
+
+    def names(self, work: Work, layer: int) -> dict[str, str]:
+        return {
+            f"{work.slot_after(place).module}.{place.kind}": name
+            for name, place in work.places_of(layer).items()
+        }
+
+    def config(self, work: Work) -> dict[str, Any]:
+        return config_after(work)
+
+    def layer(
+        self, work: Work, layer: int, heads: LayerHeads, facts: LayerFacts
+    ) -> dict[str, Tensor]:
+        return store_layer(work, layer, change_heads(work, heads, facts))
+
+    def survey(self, work: Work, source: SourceModel, layers: Iterable[Measured]) -> None:
+        return None
+
+    def informed(self, survey: Mapping[str, Tensor]) -> KvHeads:
+        return self
 
 
 def convert_layer(work: Work, layer: int) -> dict[str, Tensor]:
     """The rewritten tensors of one layer by name, in their stored dtype and form."""
-    heads = read_layer(work, layer)
-    return store_layer(work, layer, change_heads(work, heads, layer_facts(work, layer)))
+    return work.form.layer(work, layer, read_layer(work, layer), layer_facts(work, layer))
 
 
 def read_layer(work: Work, layer: int) -> dict[Part, Tensor]:
@@ -34,9 +74,10 @@ def read_layer(work: Work, layer: int) -> dict[Part, Tensor]:
         # NaN and infinity reach the extremes, and finding those is far quicker than isfinite().
         if not torch.stack(stored.aminmax()).isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: the source checkpoint is damaged")
-        if work.plan.method != EXACT:
+        if not work.is_exact:
             stored = stored.to(_wider(stored.dtype))
-        heads |= place.slot.split(stored, place.kind, work.heads_before)
+        if place.slot.parts(place.kind):  # o's bias belongs to no head
+            heads |= place.slot.split(stored, place.kind, work.heads_before)
     return heads
 
 
@@ -53,8 +94,10 @@ def layer_facts(work: Work, layer: int) -> LayerFacts:
 
 def change_heads(work: Work, heads: LayerHeads, facts: LayerFacts) -> dict[Part, Tensor]:
     """One layer's heads with the KV heads that the plan asks for."""
-    method, after = work.method, work.plan.kv_heads_after
-    if work.group_heads:
+    form, after = work.form, work.plan.kv_heads_after
+    assert isinstance(form, KvHeads)
+    method = form.method
+    if form.group:
         heads = group_heads(heads, after, facts)
     # A method that turns queries leaves K behind a norm as it is and pools it; so is its norm.
     # Any other treats the norm's scales as it treats the heads that they belong to.
@@ -105,9 +148,13 @@ def config_after(work: Work) -> dict[str, Any]:
         written = {**config, family.nested: written}
     if target.model_type is not None:
         written["model_type"] = target.model_type
-    if target.architectures is not None and config.get("architectures"):
-        written["architectures"] = [target.architectures[a] for a in config["architectures"]]
-    return written
+    return written | architectures_after(work)
+
+
+def architectures_after(work: Work) -> dict[str, Any]:
+    """The entry of config.json that names the model class; empty where it stays."""
+    names, renamed = work.source.config.get("architectures"), work.target.architectures
+    return {"architectures": [renamed[a] for a in names]} if renamed is not None and names else {}
 
 
 def _wider(dtype: torch.dtype) -> torch.dtype:

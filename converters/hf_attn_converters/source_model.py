@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plan import Work
+from .work import Work
 
 
 def rows_at_once(ids: Tensor, tokens: int) -> int:

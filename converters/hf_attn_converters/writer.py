@@ -11,12 +11,12 @@ from torch import Tensor
 
 from .card import CARD, RECORD, card_text, make_record, read_card
 from .checkpoint import CONFIG, INDEX
-from .layer import config_after, convert_layer
+from .layer import convert_layer
 from .output import Partial, copy_file, sync_folder, write_json, write_text
-from .plan import Work
 from .safetensors_file import TensorInfo, read_header
 from .safetensors_writer import tensor_bytes, write_file
 from .verify import Verification
+from .work import Work
 
 # (done, in all, what was done last)
 Progress = Callable[[int, int, str], None]
@@ -47,7 +47,8 @@ def write_weights(work: Work, partial: Partial, layers: Layers, progress: Progre
     tensors = _Tensors(work, layers)
     done, weight_map = 0, {}
     for shard in source.shards:
-        kept = [work.info_after(i) for n, i in shard.tensors.items() if n not in work.dropped]
+        source_infos = [i for n, i in shard.tensors.items() if n not in work.dropped]
+        kept = [info for old in source_infos for info in work.infos_after(old)]
         if not kept:
             continue
         name = shard.output_name
@@ -69,7 +70,7 @@ def write_weights(work: Work, partial: Partial, layers: Layers, progress: Progre
     if source.sharded:
         index = {"metadata": {"total_size": work.plan.bytes_after}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
-    write_json(folder / CONFIG, config_after(work))
+    write_json(folder / CONFIG, work.form.config(work))
 
 
 def write_about(

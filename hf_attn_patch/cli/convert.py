@@ -1,4 +1,4 @@
-"""`hf-attn convert`: a checkpoint with another number of KV heads."""
+"""`hf-attn convert`: a checkpoint with another number of KV heads, or with latents."""
 
 from __future__ import annotations
 
@@ -20,13 +20,22 @@ def convert_command(
     ],
     dst: Annotated[Path, typer.Argument(help="Folder to write; must not exist, or be empty.")],
     num_key_value_heads: Annotated[
-        int, typer.Option("--num-key-value-heads", "-n", help="KV heads wanted; 1 is MQA.")
-    ],
+        int | None, typer.Option("--num-key-value-heads", "-n", help="KV heads wanted; 1 is MQA.")
+    ] = None,
+    to: Annotated[
+        str, typer.Option(help="heads, or mla: latents in the form of deepseek_v3.")
+    ] = "heads",
+    kv_lora_rank: Annotated[
+        int | None, typer.Option(help="With --to mla: columns of the latent, one of them constant.")
+    ] = None,
+    qk_rope_head_dim: Annotated[
+        int | None, typer.Option(help="With --to mla: columns of the rotated key.")
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
             help="How heads are merged; an unknown name lists the known. "
-            "Default: csvd+fit with --calibration-text, else csvd."
+            "Default: csvd+fit with --calibration-text, else csvd; mla+fit and mla of latents."
         ),
     ] = None,
     group_heads: Annotated[
@@ -44,7 +53,7 @@ def convert_command(
         typer.Option(min=0, max=0.99, help="Share of the tokens that the model writes itself."),
     ] = None,
     fit_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps by which csvd+fit fits each layer.")
+        int | None, typer.Option(min=1, help="Steps by which a +fit method fits each layer.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Where calibration runs: cpu, cuda ... (the best there is)")
@@ -70,7 +79,8 @@ def convert_command(
 ) -> None:
     """Change a checkpoint's KV heads: MHA, GQA and MQA in both directions, streamed.
 
-    More heads is exact. Fewer costs quality: see `hf-attn compare`.
+    More heads is exact. Fewer costs quality: see `hf-attn compare`. With --to mla keys and values
+    become latents (docs/mla.md).
     """
     if verify_text is not None and not verify:
         raise ValueError("--verify-text goes with --verify")
@@ -81,6 +91,9 @@ def convert_command(
             src,
             dst,
             num_key_value_heads=num_key_value_heads,
+            to=to,
+            kv_lora_rank=kv_lora_rank,
+            qk_rope_head_dim=qk_rope_head_dim,
             method=method,
             group_heads=group_heads,
             calibration=calibration_of(
@@ -98,7 +111,9 @@ def convert_command(
             verify_text=verify_text,
             dry_run=dry_run,
             progress=lambda done, total, name: update("converting", done, total, in_bytes=True),
-            layer_progress=lambda done, total, name: update("calibrating", done, total),
+            layer_progress=lambda done, total, name: update(
+                "surveying" if name.startswith("survey") else "calibrating", done, total
+            ),
         )
     if json:
         print_json(result.to_json())
@@ -146,9 +161,12 @@ def plan_rows(plan: ConversionPlan) -> list[list[str]]:
     tensors = f"{plan.tensors}, {plan.tensors_changed} of them rewritten ({plan.method})"
     if plan.tensors_dropped:
         tensors += f", {plan.tensors_dropped} tied left out"
+    kept = f"{plan.kv_heads_after}"
+    if plan.kv_lora_rank is not None:
+        kept = f"latent of {plan.kv_lora_rank}, rotated key of {plan.qk_rope_head_dim}"
     return [
         ["query heads", f"{plan.query_heads}", f"{plan.query_heads}"],
-        ["KV heads", f"{plan.kv_heads_before}", f"{plan.kv_heads_after}"],
+        ["KV heads", f"{plan.kv_heads_before}", kept],
         [
             "KV bytes per token",
             f"{plan.kv_bytes_per_token_before:,}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..layouts import Layout, separate
-from .spec import FamilySpec, Rotary
+from .spec import Condition, FamilySpec, Rotary
 
 _PROJECTIONS = tuple(f"self_attn.{role}_proj" for role in "qkvo")
 _LLAMA = Layout(slots=separate(*_PROJECTIONS))
@@ -16,10 +16,22 @@ _GEMMA3 = Layout(
 )
 
 SPECS = (
-    FamilySpec(model_type="llama", layout=_LLAMA),
-    FamilySpec(model_type="mistral", layout=_LLAMA, absent_kv_heads=8),
+    FamilySpec(
+        model_type="llama", layout=_LLAMA, latents=(Condition("mlp_bias", False, absent=False),)
+    ),
+    FamilySpec(
+        model_type="mistral",
+        layout=_LLAMA,
+        absent_kv_heads=8,
+        latents=(Condition("sliding_window", None, absent=4096, null_counts=True),),
+    ),
     FamilySpec(model_type="mixtral", layout=_LLAMA, absent_kv_heads=8),
-    FamilySpec(model_type="qwen2", layout=_LLAMA, absent_kv_heads=32),
+    FamilySpec(
+        model_type="qwen2",
+        layout=_LLAMA,
+        absent_kv_heads=32,
+        latents=(Condition("use_sliding_window", False, absent=False),),
+    ),
     # q_norm and k_norm have one scale for all heads, [head_dim]: any number of heads fits them
     FamilySpec(
         model_type="qwen3", layout=_LLAMA, absent_kv_heads=32, absent_head_dim=128, k_free=False

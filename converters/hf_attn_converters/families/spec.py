@@ -18,13 +18,14 @@ class Condition:
     key: str
     value: Any
     absent: Any
+    null_counts: bool = False  # null is a value of its own
 
     def holds(self, config: Mapping[str, Any]) -> bool:
         return bool(self.found(config) == self.value)
 
     def found(self, config: Mapping[str, Any]) -> Any:
-        value = config.get(self.key)
-        return self.absent if value is None else value
+        value = config.get(self.key, self.absent)
+        return self.absent if value is None and not self.null_counts else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class Target:
     transposed: str = ""  # regex: weights beside attention that turn from Conv1D into Linear
     obsolete: str = ""  # regex: tensors that the target has no place for and that hold nothing
     code: tuple[str, ...] = ()  # files of ../models that travel with the checkpoint
+    rotary_path: str = ""  # where its model makes rotary embeddings unlike the source's
 
     def can_hold(self, config: Mapping[str, Any], kv_heads: int, query_heads: int) -> bool:
         if self.holds == "one" and kv_heads != 1:
@@ -114,6 +116,8 @@ class FamilySpec:
     k_bound_by: str = ""  # a config key that, when true, puts such a norm there
     heads_numbered_by: str = ""  # a config key that, when true, ties heads to their places (ALiBi)
     kv_cache: bool = True  # False for encoders, which have none
+    # What config.json must say for a result with latents (../mla). None: there is no such result.
+    latents: tuple[Condition, ...] | None = None
 
     def settings(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The part of config.json that holds the sizes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import csvd, csvd_fit, first, mean, procrustes, random
-from .method import LayerFacts, MergeMethod
+from .method import LayerFacts, MergeMethod, Method
 
 METHODS: dict[str, MergeMethod] = {
     module.METHOD.name: module.METHOD
@@ -18,4 +18,4 @@ def method_named(name: str) -> MergeMethod:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "LayerFacts", "MergeMethod", "method_named"]
+__all__ = ["METHODS", "LayerFacts", "MergeMethod", "Method", "method_named"]

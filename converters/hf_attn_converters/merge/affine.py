@@ -14,6 +14,9 @@ from torch import Tensor
 from ..layouts import LayerHeads, Part, Role
 from .method import LayerFacts
 
+# eigenvalues below this share of the largest are rounding, not directions
+NEGLIGIBLE = 1e-12
+
 
 @dataclass
 class Projections:
@@ -70,6 +73,17 @@ def square_root(matrix: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp_min(0).sqrt()[..., None, :]) @ vectors.mT
     return root
+
+
+def roots(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric roots of positive semidefinite `[..., n, n]`, and their pseudo-inverses."""
+    values, vectors = torch.linalg.eigh(matrices)
+    real = values > NEGLIGIBLE * values.amax(dim=-1, keepdim=True)
+    root = values.clamp_min(0).sqrt() * real
+    inverse = torch.where(real, 1 / root, 0.0)
+    return (vectors * root[..., None, :]) @ vectors.mT, (
+        vectors * inverse[..., None, :]
+    ) @ vectors.mT
 
 
 def to_pairs(heads: Tensor, facts: LayerFacts) -> Tensor:

@@ -22,14 +22,12 @@ from .affine import (
     from_pairs,
     layer_heads,
     projections,
+    roots,
     square_root,
     to_pairs,
 )
 from .mean import pool
 from .method import LayerFacts, MergeMethod
-
-# eigenvalues below this share of the largest are rounding, not directions
-NEGLIGIBLE = 1e-12
 
 
 def merge(layer: LayerHeads, count: int, facts: LayerFacts) -> LayerHeads:
@@ -89,14 +87,11 @@ def shared_head(heads: Tensor, weights: Tensor, covariance: Tensor) -> tuple[Ten
         shared ``[D, A]``, as large as the mean member, and maps ``[g, D, D]``.
     """
     members, dim, _ = heads.shape
-    values, vectors = torch.linalg.eigh(weights)
-    real = values > NEGLIGIBLE * values.amax(dim=-1, keepdim=True)
-    root = values.clamp_min(0).sqrt() * real
-    inverse = torch.where(real, 1 / root, 0.0)
-    stacked = ((vectors * root[:, None]) @ vectors.mT @ heads).flatten(0, 1)  # [g * D, A]
+    root, inverse = roots(weights)
+    stacked = (root @ heads).flatten(0, 1)  # [g * D, A]
     basis = torch.linalg.eigh(stacked @ covariance @ stacked.mT).eigenvectors[:, -dim:]
     shared = basis.mT @ stacked
-    maps = (vectors * inverse[:, None]) @ vectors.mT @ basis.unflatten(0, (members, dim))
+    maps = inverse @ basis.unflatten(0, (members, dim))
     scale = _scale(heads.norm(dim=(1, 2)).mean(), shared.norm())
     return shared * scale, maps / scale
 

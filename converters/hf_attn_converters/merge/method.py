@@ -24,14 +24,20 @@ class LayerFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeMethod:
+class Method:
+    """How a conversion finds a layer's new weights."""
+
     name: str
     summary: str
+    calibrated: bool = False  # needs LayerFacts.covariance
+    fitted: bool = False  # each layer is fitted afterwards to what the source's layer gives
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeMethod(Method):
     # The roles it is given, all of one layer together, and must give back. A method that also
     # rotates queries or outputs lists q and o here.
     touches: tuple[Role, ...]
     # (layer in canonical form and compute precision, KV heads wanted, facts) -> the same parts,
     # with that many heads in k and v. Called only when the wanted number divides the present one.
     merge: Callable[[LayerHeads, int, LayerFacts], LayerHeads]
-    calibrated: bool = False  # needs LayerFacts.covariance
-    fitted: bool = False  # each layer is fitted afterwards to what the source's layer gives
