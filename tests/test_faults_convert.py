@@ -27,6 +27,7 @@ from forked import NOBODY, Ended, forked, started
 from tiny_checkpoints import contents, tiny_checkpoint
 
 import hf_attn_converters
+from hf_attn_converters import output
 from hf_attn_converters.journal import JOURNAL, Journal
 from hf_attn_converters.output import MARKER, Partial
 
@@ -346,3 +347,25 @@ def test_many_runs_to_one_target(
         # the OSError: somebody finished between the first look at the target and the last
         assert errors[0] == "" and set(errors[1:]) <= {"ValueError", "OSError"}, errors
         assert contents(target) == undisturbed
+
+
+def test_a_target_that_is_finished_before_the_lock_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = tmp_path / "b", output.locked
+
+    @contextmanager
+    def late(path: Path) -> Iterator[None]:
+        with real(path):
+            target.mkdir()
+            (target / "config.json").write_text("theirs")
+            yield
+
+    monkeypatch.setattr(output, "locked", late)
+    with (
+        pytest.raises(ValueError, match="another run meanwhile"),
+        output.atomic_folder(target, {}, resume=False),
+    ):
+        raise AssertionError("nothing may be written")
+    assert (target / "config.json").read_text() == "theirs"
+    assert not output.partial_folder(target).exists()

@@ -82,17 +82,31 @@ def atomic_folder(target: Path, head: Mapping[str, Any], *, resume: bool) -> Ite
     folder = partial_folder(target)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / MARKER):
+        _still_free(target, folder)
         partial = Partial(folder, _begin(folder, head, resume=resume))
         try:
             yield partial
             _finish(partial, target)
         except BaseException as error:
             # Bad input stays bad: what was made of it can only be made anew.
-            if partial.worth_keeping() and not isinstance(error, ValueError):
+            if not folder.exists():
+                logger.warning("%s is complete; only this was not done: %s", target, error)
+            elif partial.worth_keeping() and not isinstance(error, ValueError):
                 logger.warning("%s keeps the finished work; --resume continues there", folder)
             else:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
+
+
+def _still_free(target: Path, folder: Path) -> None:
+    """Raises ValueError if another run finished between the first look at it and the lock."""
+    if not (target.exists() and any(target.iterdir())):
+        return
+    if [path.name for path in folder.iterdir()] == [MARKER]:  # nothing of an interrupted run
+        shutil.rmtree(folder)
+    raise ValueError(
+        f"{target} was written by another run meanwhile; choose another target, or remove it first"
+    )
 
 
 def _begin(folder: Path, head: Mapping[str, Any], *, resume: bool) -> Journal:
