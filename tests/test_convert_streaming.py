@@ -19,7 +19,7 @@ from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 
 import hf_attn_converters
 from hf_attn_converters import output as output_module
-from hf_attn_converters import plan as plan_module
+from hf_attn_converters import work as work_module
 from hf_attn_converters import writer as writer_module
 from hf_attn_converters.checkpoint import INDEX
 from hf_attn_converters.journal import sha256_of
@@ -85,7 +85,7 @@ def test_an_error_cleans_up(tmp_path: Path) -> None:
 
 def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "a", kv_heads=4)
-    monkeypatch.setattr(plan_module, "free_bytes", lambda target: 1000)
+    monkeypatch.setattr(work_module, "free_bytes", lambda target: 1000)
     with pytest.raises(OSError, match=r"needs .* bytes, 1,000 are free") as caught:
         convert(source, tmp_path / "b", num_key_value_heads=1)
     assert caught.value.errno == errno.ENOSPC

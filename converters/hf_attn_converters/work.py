@@ -186,11 +186,10 @@ def _transpose(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Opened:
-    """A source whose headers agree with its config.json."""
+    """A source of a known family."""
 
     checkpoint: Checkpoint
     family: FamilySpec
-    places: Mapping[str, Place]  # of its attention tensors
 
     @classmethod
     def at(cls, source: str | Path) -> Opened:
@@ -199,8 +198,12 @@ class Opened:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Opened:
-        family = family_of(checkpoint.config)
-        return cls(checkpoint, family, attention_tensors(checkpoint, family))
+        return cls(checkpoint, family_of(checkpoint.config))
+
+    @cached_property
+    def places(self) -> Mapping[str, Place]:
+        """Of its attention tensors. Raises ValueError where headers and config.json disagree."""
+        return attention_tensors(self.checkpoint, self.family)
 
     def work(
         self, target: Path, target_form: Target, form: Form, changed: Mapping[str, Place], *,
