@@ -10,7 +10,7 @@ from hf_attn_converters import METHODS
 from .markdown import Row, csv_rows, short, table, unmeasured
 
 CONVERT_CSV = "convert_quality.csv"
-GQA_CSV = "gqa_experiment.csv"
+GQA_CSV, LATENTS_CSV = "gqa_experiment.csv", "mla_quality.csv"
 OWN_TEXT = "own text too"
 
 
@@ -59,8 +59,7 @@ def _quality(row: Row) -> str:
         return f"{float(row['accuracy']):.1%}"
     if row["cosine"]:
         return f"{float(row['cosine']):.3f}"
-    ratio = float(row["ratio"])
-    return f"{f'{ratio:,.0f}' if ratio >= 100 else short(ratio)}× ({short(float(row['kl']))})"
+    return _ratio(row)
 
 
 def _converted_with(rows: Sequence[Row]) -> str:
@@ -106,3 +105,45 @@ def gqa_table(results: Path) -> str:
 
 def _perplexity(row: Row | None) -> str:
     return f"{float(row['ppl']):.1f} ({float(row['kl']):.3f})" if row else "–"
+
+
+def latents_table(results: Path) -> str:
+    """Sizes of the latent down, texts and methods across; the same of fewer KV heads beside it."""
+    rows = sorted(csv_rows(results / LATENTS_CSV), key=lambda row: row["date"])
+    if not rows:
+        return unmeasured("Latents'", "python scripts/mla_experiment.py")
+    subject, dim = rows[0]["subject"], 64  # head_dim of SmolLM2
+    found: dict[tuple[int, str], dict[tuple[str, str], Row]] = {}
+    for row in rows:
+        size = f"latent {row['kv_lora_rank']}, rotated key {row['qk_rope_head_dim']}"
+        cell = found.setdefault((int(row["values"]), size), {})
+        cell[row["text"], "fitted" if row["method"].endswith("fit") else "closed form"] = row
+    for row in csv_rows(results / CONVERT_CSV):
+        kind = {"csvd": "closed form", "csvd+fit": "fitted"}.get(_column(row))
+        if row["subject"] == subject and kind:
+            size = f"{row['kv_after']} KV head"
+            found.setdefault((2 * dim * int(row["kv_after"]), size), {})[row["text"], kind] = row
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    columns = [(text, kind) for text in texts for kind in ("closed form", "fitted")]
+    cells = [
+        [f"{values}", size, *(_quality_of(by.get(column)) for column in columns)]
+        for (values, size), by in sorted(found.items(), key=lambda item: -item[0][0])
+    ]
+    head = ["values", "kept", *(f"{text}, {kind}" for text, kind in columns)]
+    about = (
+        f"{subject}, whose 3 KV heads keep 384 values per token and layer. ×: perplexity as a "
+        "multiple of the source's, KL from the source in brackets; the fits are those of 96 steps."
+    )
+    return f"{table(head, cells)}\n\n{about}"
+
+
+def _quality_of(row: Row | None) -> str:
+    if row is None:
+        return "–"
+    ratio = float(row["ratio"])
+    return f"{ratio:.3f}× ({float(row['kl']):.1e})" if ratio < 1.01 else _ratio(row)
+
+
+def _ratio(row: Row) -> str:
+    ratio = float(row["ratio"])
+    return f"{f'{ratio:,.0f}' if ratio >= 100 else short(ratio)}× ({short(float(row['kl']))})"
