@@ -126,7 +126,7 @@ class _Conversion:
     def _computed(self, seen: Measured) -> dict[str, Tensor]:
         work, layer = self.work, seen.layer
         seed = self.settings.seed * work.plan.layers + layer
-        facts = replace(layer_facts(work, layer), covariance=seen.covariance, seed=seed)
+        facts = replace(seen.facts(layer_facts(work, layer)), seed=seed)
         return work.form.layer(work, layer, read_layer(work, layer), facts)
 
     def _fit(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from .merge import LayerFacts
 from .source_model import Call, SourceModel
 from .work import Work
 
@@ -26,7 +27,32 @@ class Measured:
     inputs: list[Tensor]  # of each use of the layer, [N, S, E]
     outputs: list[Tensor]  # the same
     covariance: Tensor  # [E + 1, E + 1] float64: E[x̃ x̃ᵀ] of what the queries are made of
+    attended: Tensor | None  # the same, each token by the attention it gets, where that is asked
     sample: Tensor  # [up to SAMPLE, S, E]: some of that x
+
+    def facts(self, known: LayerFacts) -> LayerFacts:
+        """What is known of the layer, with what was measured."""
+        return replace(known, covariance=self.covariance, attended=self.attended)
+
+
+class _Moments:
+    """E[x̃ x̃ᵀ] of what is added, weighted."""
+
+    def __init__(self) -> None:
+        self.total, self.weight = torch.zeros(()), 0.0
+
+    def add(self, x: Tensor, weights: Tensor) -> None:
+        """x ``[T, E]`` with weights ``[T]``."""
+        x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
+        self.total = self.total + ((x * weights[:, None]).T @ x).double().cpu()
+        self.weight += weights.sum().item()
+
+    def mean(self) -> Tensor:
+        found: Tensor = self.total / self.weight
+        if not found.isfinite().all():
+            raise ValueError("the source's hidden states hold NaN or infinity: is it damaged?")
+        found.diagonal().add_(DAMPING * found.diagonal().mean())
+        return found
 
 
 class Watch:
@@ -50,31 +76,32 @@ class Watch:
     @torch.no_grad()
     def _measure(self, layer: int, inputs: list[Tensor]) -> Measured:
         old = self.source.float_layer(layer)
-        total: Tensor | None = None
-        seen = 0
+        weigh = self.work.form.weigher(self.work, self.source, layer)
+        every, attended = _Moments(), _Moments()
         sample: list[Tensor] = []
 
         def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            nonlocal total, seen
-            if args[0].ndim == 3 and sum(map(len, sample)) < SAMPLE:
-                sample.append(args[0].cpu())
-            x = args[0].flatten(0, -2)
-            x = torch.cat([x, x.new_ones(len(x), 1)], dim=1)
-            part = (x.T @ x).double().cpu()
-            total, seen = part if total is None else total + part, seen + len(x)
+            x = args[0]
+            every.add(x.flatten(0, -2), x.new_ones(x.shape[:-1].numel()))
+            if weigh is not None:
+                attended.add(x.flatten(0, -2), weigh(x).flatten())
+                if sum(map(len, sample)) < SAMPLE:
+                    sample.append(x.cpu())
 
         query = next(slot for slot in self.work.family.layout.slots if "q" in slot.roles)
         handle = old.get_submodule(query.module).register_forward_pre_hook(watch)
         uses = zip(inputs, self.calls[layer], strict=True)
         outputs = [run_layer(old, x, call, self.source.device) for x, call in uses]
         handle.remove()
-        assert total is not None
-        covariance = total / seen
-        if not covariance.isfinite().all():
-            raise ValueError("the source's hidden states hold NaN or infinity: is it damaged?")
-        covariance.diagonal().add_(DAMPING * covariance.diagonal().mean())
-        kept = torch.cat(sample)[:SAMPLE] if sample else inputs[0][:0]
-        return Measured(layer, old, inputs, outputs, covariance, kept)
+        return Measured(
+            layer,
+            old,
+            inputs,
+            outputs,
+            covariance=every.mean(),
+            attended=None if weigh is None else attended.mean(),
+            sample=torch.cat(sample)[:SAMPLE] if sample else inputs[0][:0],
+        )
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ G vectors, of which a few principal components can stand for all. The components
 in the rotated key keep turning. What is left stands still in the latent, with its best constant in
 place of the turn: that loses little where a frequency is low or attention is near. The latent is
 the principal subspace of what stands still of K and of all of V together. Both are measured in
-what an error adds to the layer's output, over the inputs that the layer really sees.
+what an error adds to the layer's output, over the inputs that the layer really sees: Q's as they
+come, K's and V's by the attention that they get.
 
 The two halves of attention forgive constants: a constant in the keys that stand still cancels in
 the softmax, and a constant in V leaves as a constant, because the weights sum to one. So the latent
@@ -58,13 +59,14 @@ class Pairs:
     @classmethod
     def of(cls, p: Projections, facts: LayerFacts, reach: Tensor) -> Pairs:
         """Args: reach ``[H]`` of :func:`score_reach`."""
-        covariance = covariance_of(facts, p.k.shape[-1])
+        covariance, attended = covariance_of(facts, p.k.shape[-1]), attended_of(facts)
         z, q = to_pairs(p.k, facts), to_pairs(p.q, facts)
         size = (_through(q, covariance) * q.conj()).real.sum(-1)  # [H, F]: E|q x|²
         by_head = 0.5 * reach[:, None] * size  # of a turning pair only half is along the query
         weight = by_head.unflatten(0, (-1, p.repeats)).sum(1).sqrt()
         seen = weight[..., None] * z
-        gram = torch.einsum("gfa,hfa->fgh", _through(seen, covariance), seen.conj())
+        through = _through(seen, attended[: z.shape[-1], : z.shape[-1]])
+        gram = torch.einsum("gfa,hfa->fgh", through, seen.conj())
         energy, vectors = torch.linalg.eigh(gram)
         return cls(z, weight, vectors.flip(-1), energy.flip(-1).clamp_min(0))
 
@@ -96,7 +98,7 @@ def factorise(
 
     Args:
         p: the source's projections, with a bias as their last column where there is one.
-        facts: with the covariance ``[E + 1, E + 1]`` of the layer's inputs.
+        facts: with the covariance of the layer's inputs, and of those attended.
         rank: R, at most ``2 G D``.
         counts: ``[F]``: how many components of each frequency are rotated; their sum is P / 2.
         still: ``[F]`` complex, what stands for the turn of a pair that is not rotated.
@@ -153,11 +155,17 @@ def score_reach(p: Projections, centred: Tensor, gain: float) -> Tensor:
 
 
 def second_moments(facts: LayerFacts) -> tuple[Tensor, Tensor]:
-    """The inputs' mean with a 1 appended `[E + 1]`, and their covariance about it `[E, E]`."""
-    assert facts.covariance is not None
-    moments = facts.covariance.double()
+    """The attended inputs' mean with a 1 appended `[E + 1]`, and their covariance about it."""
+    moments = attended_of(facts)
     mean = moments[-1] / moments[-1, -1]
     return mean, moments[:-1, :-1] - torch.outer(mean[:-1], mean[:-1])
+
+
+def attended_of(facts: LayerFacts) -> Tensor:
+    """E[x̃ x̃ᵀ] over tokens as keys and values, `[E + 1, E + 1]`."""
+    found = facts.covariance if facts.attended is None else facts.attended
+    assert found is not None
+    return found.double()
 
 
 def _through(x: Tensor, matrix: Tensor) -> Tensor:

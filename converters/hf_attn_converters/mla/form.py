@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..layer import architectures_after, layer_facts, read_layer
 from ..layouts import LayerHeads, Part, Place
-from ..merge.affine import projections
+from ..merge.affine import Projections, projections
 from ..merge.method import LayerFacts, Method
 from ..safetensors_file import FLOAT_DTYPES, TensorInfo
+from .attention import Attention
 from .deepseek import Sizes, config_of, stored
 from .factors import Pairs, factorise, score_reach, second_moments
-from .rotation import Rotation, attended_distances, choose, mean_turn
+from .rotation import Rotation, choose, mean_turn
 
 if TYPE_CHECKING:
     from ..measure import Measured
@@ -104,9 +105,12 @@ class Latents:
         held = any(wanted in shard.tensors for shard in work.source.shards)
         return work.source.read(wanted).double() if held else None
 
-    def survey(
-        self, work: Work, source: SourceModel, layers: Iterable[Measured]
-    ) -> dict[str, Tensor]:
+    def weigher(
+        self, work: Work, source: SourceModel, layer: int
+    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
+        return self._attention(work, source, layer, projections(read_layer(work, layer))).received
+
+    def _attention(self, work: Work, source: SourceModel, layer: int, p: Projections) -> Attention:
         rotary: Any = source.model.get_submodule(work.target.rotary_path)
         frequencies = rotary.inv_freq.float().cpu()
         if len(frequencies) * 2 != self.sizes.dim:
@@ -115,17 +119,24 @@ class Latents:
                 "of a head; possible: all. Convert its KV heads instead: --num-key-value-heads"
             )
         gain = float(rotary.attention_scaling) ** 2
+        return Attention(p, layer_facts(work, layer), frequencies, gain)
+
+    def survey(
+        self, work: Work, source: SourceModel, layers: Iterable[Measured]
+    ) -> dict[str, Tensor]:
         energies, distances = torch.zeros(()), torch.zeros(())
         for seen in layers:
-            facts = replace(layer_facts(work, seen.layer), covariance=seen.covariance)
+            facts = seen.facts(layer_facts(work, seen.layer))
             p = projections(read_layer(work, seen.layer))
-            energy = Pairs.of(p, facts, score_reach(p, second_moments(facts)[1], gain)).energy
+            attention = self._attention(work, source, seen.layer, p)
+            reach = score_reach(p, second_moments(facts)[1], attention.gain)
+            energy = Pairs.of(p, facts, reach).energy
             energies = energies + energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-            distances = distances + attended_distances(p, seen.sample, frequencies, gain, facts)
-        still = mean_turn(distances, frequencies)
+            distances = distances + attention.distances(seen.sample)
+        still = mean_turn(distances, attention.frequencies)
         counts = choose(energies, still, self.sizes.rope // 2)
-        scale = torch.tensor(gain, dtype=torch.float64)
-        return Rotation(frequencies, counts, still, scale).tensors()
+        gain = torch.tensor(attention.gain, dtype=torch.float64)
+        return Rotation(attention.frequencies, counts, still, gain).tensors()
 
     def informed(self, survey: Mapping[str, Tensor]) -> Latents:
         return replace(self, rotation=Rotation.of(survey))

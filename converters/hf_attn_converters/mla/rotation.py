@@ -14,9 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..merge.affine import Projections, from_pairs, to_pairs
-from ..merge.method import LayerFacts
-
 
 @dataclass(frozen=True)
 class Rotation:
@@ -70,31 +67,3 @@ def mean_turn(distances: Tensor, frequencies: Tensor) -> Tensor:
     angles = frequencies.double()[:, None] * torch.arange(len(distances))
     turns = torch.polar(torch.ones_like(angles), angles)
     return (turns * (distances / distances.sum())).sum(-1)
-
-
-@torch.no_grad()
-def attended_distances(
-    p: Projections, sample: Tensor, frequencies: Tensor, gain: float, facts: LayerFacts
-) -> Tensor:
-    """``[S]`` float64: how much a layer's heads attend at each distance, all of them together.
-
-    Args:
-        p: the layer's projections; sample: ``[N, S, E]``, some of its inputs.
-    """
-    length = sample.shape[1]
-    angles = frequencies[:, None] * torch.arange(length)
-    turn = torch.polar(torch.ones_like(angles), angles)  # [F, S]
-    rows, columns = torch.tril_indices(length, length)
-    unseen = torch.ones(length, length, dtype=torch.bool).triu(1)
-    ones = sample.new_ones(length, p.q.shape[-1] - sample.shape[-1])
-    found = torch.zeros(length, dtype=torch.float64)
-    for x in sample:
-        inputs = torch.cat([x, ones], dim=-1).float()
-        q, k = (heads.float() @ inputs.mT for heads in (p.q, p.k))  # [., D, S]
-        q, k = (from_pairs(to_pairs(y, facts) * turn, facts) for y in (q, k))
-        weights = torch.zeros(length, length)  # of all heads, taken one at a time: S x S is large
-        for head in range(len(q)):
-            scores = (q[head].mT @ k[head // p.repeats]) * (gain * q.shape[1] ** -0.5)
-            weights += scores.masked_fill(unseen, -torch.inf).softmax(-1)
-        found.index_add_(0, rows - columns, weights[rows, columns].double())
-    return found
