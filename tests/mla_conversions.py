@@ -17,6 +17,10 @@ from hf_attn_converters.calibration import RANDOM_TOKENS, Calibration
 QUICK = Calibration(tokens=1024, sequence_length=32, without_text=RANDOM_TOKENS)
 # head_dim 8: two KV heads are 16 columns of K and 16 of V
 EXACT = {"kv_lora_rank": 17, "qk_rope_head_dim": 16}
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+    "original_max_position_embeddings": 128,
+}  # fmt: skip
 
 
 def source(folder: Path, **options: Any) -> Path:

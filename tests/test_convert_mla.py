@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mla_conversions import EXACT, config_of, distance, greedy, load, source, to_latents
+from mla_conversions import EXACT, YARN, config_of, distance, greedy, load, source, to_latents
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import tiny_checkpoint, weights_of
 from torch import Tensor
@@ -19,10 +19,6 @@ import hf_attn_patch  # noqa: F401  registers triton_mla
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
-}  # fmt: skip
-YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-    "original_max_position_embeddings": 128,
 }  # fmt: skip
 SOURCES: dict[str, dict[str, Any]] = {
     "gqa": {},

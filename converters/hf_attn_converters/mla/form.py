@@ -105,9 +105,7 @@ class Latents:
         held = any(wanted in shard.tensors for shard in work.source.shards)
         return work.source.read(wanted).double() if held else None
 
-    def weigher(
-        self, work: Work, source: SourceModel, layer: int
-    ) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    def weigher(self, work: Work, source: SourceModel, layer: int) -> Callable[[Tensor], Tensor]:
         return self._attention(work, source, layer, projections(read_layer(work, layer))).received
 
     def _attention(self, work: Work, source: SourceModel, layer: int, p: Projections) -> Attention:
