@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from mla_conversions import YARN, load, source
-from tiny_checkpoints import some_tokens
 from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from hf_attn_converters.layer import layer_facts, read_layer
 from hf_attn_converters.layouts import Part
 from hf_attn_converters.merge.affine import Projections, projections
 from hf_attn_converters.merge.method import LayerFacts
-from hf_attn_converters.mla import plan_latents
-from hf_attn_converters.mla.attention import Attention
 from hf_attn_converters.mla.deepseek import _inverse
 from hf_attn_converters.mla.factors import Factors, factorise, second_moments
 from hf_attn_converters.mla.quiet_norm import HIGHEST, quiet_norm
@@ -156,33 +149,3 @@ def test_frequencies_come_back_to_the_last_bit() -> None:
         found = 1.0 / torch.tensor([_inverse(w) for w in wanted])
         assert (found == wanted).float().mean() > 0.9
         torch.testing.assert_close(found, wanted, rtol=1.2e-7, atol=0)
-
-
-@pytest.mark.parametrize("family", ["llama", "qwen2", "yarn"])
-def test_attention_is_the_source_model_s(family: str, tmp_path: Path) -> None:
-    """Who attends how far, and who is attended, from transformers' own weights."""
-    options = {"rope_parameters": YARN} if family == "yarn" else {}
-    folder = source(tmp_path / "a", family="llama" if family == "yarn" else family, **options)
-    model = load(folder, attn_implementation="eager")
-    inputs: list[Tensor] = []
-    layer = model.model.layers[1]
-    layer.self_attn.q_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-    with torch.inference_mode():
-        maps = model(some_tokens(), output_attentions=True).attentions[1]  # [2, H, S, S]
-    work = plan_latents(folder, tmp_path / "b", kv_lora_rank=17, qk_rope_head_dim=16)
-    rotary = model.model.rotary_emb
-    attention = Attention(
-        projections(read_layer(work, 1)), layer_facts(work, 1), rotary.inv_freq,
-        rotary.attention_scaling**2,
-    )  # fmt: skip
-    x = inputs[0].clone()
-    found = attention.received(x)
-    torch.testing.assert_close(found, maps.square().sum(2).mean(1).sqrt(), rtol=1e-4, atol=1e-6)
-    maps = torch.cat(
-        [torch.zeros_like(maps[..., :1]), maps[..., 1:]], dim=-1
-    )  # not the first token
-    length = maps.shape[-1]
-    wanted = [maps.diagonal(-d, 2, 3).sum().item() for d in range(length)]
-    torch.testing.assert_close(
-        attention.distances(x).float(), torch.tensor(wanted), rtol=1e-4, atol=1e-4
-    )

@@ -50,9 +50,6 @@ class KvHeads:
     ) -> dict[str, Tensor]:
         return store_layer(work, layer, change_heads(work, heads, facts))
 
-    def weigher(self, work: Work, source: SourceModel, layer: int) -> None:
-        return None
-
     def survey(self, work: Work, source: SourceModel, layers: Iterable[Measured]) -> None:
         return None
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .attention import Attended, watching
 from .merge import LayerFacts
 from .source_model import Call, SourceModel
 from .work import Work
 
 # Added to the covariance's diagonal, as a share of its mean: for what the text never showed.
 DAMPING = 1e-6
-SAMPLE = 4  # sequences whose attention inputs are kept
+SAMPLE = 4  # sequences that are enough to tell how far attention reaches
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Measured:
     inputs: list[Tensor]  # of each use of the layer, [N, S, E]
     outputs: list[Tensor]  # the same
     covariance: Tensor  # [E + 1, E + 1] float64: E[x̃ x̃ᵀ] of what the queries are made of
-    attended: Tensor | None  # the same, each token by the attention it gets, where that is asked
-    sample: Tensor  # [up to SAMPLE, S, E]: some of that x
+    attended: Tensor  # the same, each token by the attention that it gets
+    distances: Tensor  # [S] float64: how much is attended so many tokens back, of SAMPLE sequences
 
     def facts(self, known: LayerFacts) -> LayerFacts:
         """What is known of the layer, with what was measured."""
@@ -76,32 +77,31 @@ class Watch:
     @torch.no_grad()
     def _measure(self, layer: int, inputs: list[Tensor]) -> Measured:
         old = self.source.float_layer(layer)
-        weigh = self.work.form.weigher(self.work, self.source, layer)
         every, attended = _Moments(), _Moments()
-        sample: list[Tensor] = []
+        distances = torch.zeros(self.ids.shape[1], dtype=torch.float64)
+        latest, sampled = torch.zeros(()), 0
 
-        def watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0]
-            every.add(x.flatten(0, -2), x.new_ones(x.shape[:-1].numel()))
-            if weigh is not None:
-                attended.add(x.flatten(0, -2), weigh(x).flatten())
-                if sum(map(len, sample)) < SAMPLE:
-                    sample.append(x.cpu())
+        def take(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            nonlocal latest
+            (latest, *_) = args
+            every.add(latest.flatten(0, -2), latest.new_ones(latest.shape[:-1].numel()))
 
-        query = next(slot for slot in self.work.family.layout.slots if "q" in slot.roles)
-        handle = old.get_submodule(query.module).register_forward_pre_hook(watch)
+        def see(seen: Attended) -> None:
+            nonlocal sampled, distances
+            attended.add(latest.flatten(0, -2), seen.received.flatten())
+            if sampled < SAMPLE:
+                distances = distances + seen.distances()
+                sampled += len(latest)
+
+        query = next(s.module for s in self.work.family.layout.slots if "q" in s.roles)
+        attention = old.get_submodule(query.rpartition(".")[0])
+        handle = old.get_submodule(query).register_forward_pre_hook(take)
         uses = zip(inputs, self.calls[layer], strict=True)
-        outputs = [run_layer(old, x, call, self.source.device) for x, call in uses]
+        with watching(attention, see):
+            outputs = [run_layer(old, x, call, self.source.device) for x, call in uses]
         handle.remove()
-        return Measured(
-            layer,
-            old,
-            inputs,
-            outputs,
-            covariance=every.mean(),
-            attended=None if weigh is None else attended.mean(),
-            sample=torch.cat(sample)[:SAMPLE] if sample else inputs[0][:0],
-        )
+        assert attended.weight > 0, f"{type(attention).__name__}: its attention was not seen"
+        return Measured(layer, old, inputs, outputs, every.mean(), attended.mean(), distances)
 
 
 @torch.no_grad()

@@ -78,12 +78,6 @@ class Form(Protocol):
     ) -> dict[str, Tensor]:
         """A layer's computed tensors by name, in their stored dtype and form."""
 
-    def weigher(
-        self, work: Work, source: SourceModel, layer: int
-    ) -> Callable[[Tensor], Tensor] | None:
-        """Attention inputs ``[N, S, E]`` -> how much each token counts as a key, ``[N, S]``; None
-        where nobody asks."""
-
     def survey(
         self, work: Work, source: SourceModel, layers: Iterable[Measured]
     ) -> dict[str, Tensor] | None:

@@ -62,10 +62,17 @@ def layer_heads(p: Projections, like: LayerHeads) -> LayerHeads:
     return found
 
 
-def covariance_of(facts: LayerFacts, columns: int) -> Tensor:
-    """`[A, A]`: the part of the covariance that belongs to projections of that many columns."""
+def covariance_of(facts: LayerFacts, columns: int | None = None) -> Tensor:
+    """`[A, A]`: what of the covariance belongs to projections of that many columns; None: all."""
     assert facts.covariance is not None, "a calibrated method was called without a covariance"
     return facts.covariance[:columns, :columns].double()
+
+
+def attended_of(facts: LayerFacts, columns: int | None = None) -> Tensor:
+    """`[A, A]`: the same of tokens as keys and values, each by the attention that it gets."""
+    if facts.attended is None:
+        return covariance_of(facts, columns)
+    return facts.attended[:columns, :columns].double()
 
 
 def square_root(matrix: Tensor) -> Tensor:

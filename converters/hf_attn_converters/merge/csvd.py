@@ -5,7 +5,7 @@ projection undoes it; a key head under RoPE by one complex number per frequency,
 any invertible matrix, when its queries undo it. Each member of a group is approximated by the
 shared head times a map of its own; the map is then moved into q or o, where it costs nothing. The
 shared head is the least-squares optimum over the inputs that the layer really sees, weighted by
-what the queries and the output projection make of it.
+what the queries and the output projection make of it, and by the attention that each token gets.
 
 Compare: ASVD and Palu (2407.21118) for low-rank K and V with activation statistics, and
 align-before-merge (2412.20677), which rotates and then averages.
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..layouts import LayerHeads
 from .affine import (
+    attended_of,
     covariance_of,
     from_pairs,
     layer_heads,
@@ -33,8 +34,7 @@ from .method import LayerFacts, MergeMethod
 def merge(layer: LayerHeads, count: int, facts: LayerFacts) -> LayerHeads:
     p = projections(layer)
     group, repeats = p.k.shape[0] // count, p.repeats
-    covariance = covariance_of(facts, p.v.shape[-1])
-    root = square_root(covariance)
+    attended = attended_of(facts, p.v.shape[-1])
     keys, values = [], []
     for number in range(count):
         members = slice(number * group, (number + 1) * group)
@@ -43,12 +43,12 @@ def merge(layer: LayerHeads, count: int, facts: LayerFacts) -> LayerHeads:
         q, o = (x[readers].unflatten(0, (group, repeats)) for x in (p.q, p.o))
 
         weights = torch.einsum("grde,grce->gdc", o, o)
-        shared, maps = shared_head(p.v[members], weights, covariance)
+        shared, maps = shared_head(p.v[members], weights, attended)
         values.append(shared)
         p.o[readers] = torch.einsum("gdc,grde->grce", maps, o).flatten(0, 1)
 
         if facts.k_free:
-            shared, q = _merge_keys(p.k[members], q, root, covariance, facts)
+            shared, q = _merge_keys(p.k[members], q, facts)
             keys.append(shared)
             p.q[readers] = q.flatten(0, 1)
     p.k = torch.stack(keys) if facts.k_free else pool(p.k, count)
@@ -56,22 +56,22 @@ def merge(layer: LayerHeads, count: int, facts: LayerFacts) -> LayerHeads:
     return layer_heads(p, layer)
 
 
-def _merge_keys(
-    k: Tensor, q: Tensor, root: Tensor, covariance: Tensor, facts: LayerFacts
-) -> tuple[Tensor, Tensor]:
+def _merge_keys(k: Tensor, q: Tensor, facts: LayerFacts) -> tuple[Tensor, Tensor]:
     """k `[g, D, A]` and its queries `[g, r, D, A]` -> the shared key `[D, A]`, new queries."""
-    turned = facts.rotary_dims
+    turned, columns = facts.rotary_dims, k.shape[-1]
+    covariance, attended = covariance_of(facts, columns), attended_of(facts, columns)
     parts: list[tuple[Tensor, Tensor]] = []
     if turned:
         z, zq = to_pairs(k, facts), to_pairs(q, facts)
-        importance = (zq @ root.to(zq.dtype)).abs().square().sum(dim=(1, -1))  # [g, F]
-        shared, maps = shared_pairs(z, importance, root)
+        asked = (zq @ square_root(covariance).to(zq.dtype)).abs().square()
+        importance = asked.sum(dim=(1, -1))  # [g, F]
+        shared, maps = shared_pairs(z, importance, square_root(attended))
         new = from_pairs(zq * maps.conj()[:, None, :, None], facts)
         parts.append((from_pairs(shared, facts), new))
     if turned < k.shape[1]:
         still, asking = k[:, turned:], q[:, :, turned:]
         weights = torch.einsum("grda,ab,grcb->gdc", asking, covariance, asking)
-        head, maps = shared_head(still, weights, covariance)
+        head, maps = shared_head(still, weights, attended)
         parts.append((head, torch.einsum("gdc,grda->grca", maps, asking)))
     return torch.cat([x for x, _ in parts]), torch.cat([x for _, x in parts], dim=2)
 

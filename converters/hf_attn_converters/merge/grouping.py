@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layouts import KV_ROLES, LayerHeads, Part
-from .affine import covariance_of, projections, square_root, to_pairs
+from .affine import attended_of, covariance_of, projections, square_root, to_pairs
 from .method import LayerFacts
 
 SEARCHED = 8  # heads up to which every grouping is tried
@@ -127,14 +127,15 @@ def _outside(values: Tensor, kept: int) -> float:
 def _grams(layer: LayerHeads, facts: LayerFacts) -> _Grams:
     p = projections(layer)
     covariance = covariance_of(facts, p.v.shape[-1])
-    root = square_root(covariance)
+    asked = square_root(covariance)
+    root = square_root(attended_of(facts, p.v.shape[-1]))
     heads, turned = p.k.shape[0], facts.rotary_dims
     q, o = (x.unflatten(0, (heads, p.repeats)) for x in (p.q, p.o))
     seen = [square_root(torch.einsum("hrde,hrce->hdc", o, o)) @ p.v @ root]
     pairs = None
     if facts.k_free and turned:
         z, zq = to_pairs(p.k, facts), to_pairs(q, facts)
-        size = (zq @ root.to(zq.dtype)).abs().square().sum(dim=(1, -1)).sqrt()
+        size = (zq @ asked.to(zq.dtype)).abs().square().sum(dim=(1, -1)).sqrt()
         rows = size[..., None] * (z @ root.to(z.dtype))  # [H, F, A]
         pairs = torch.einsum("hfa,gfa->fhg", rows, rows.conj())
     if facts.k_free and turned < p.k.shape[1]:

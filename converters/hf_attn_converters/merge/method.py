@@ -20,7 +20,7 @@ class LayerFacts:
     # E[x̃ x̃ᵀ], [E + 1, E + 1] float64, of the attention's input with a 1 appended: x̃ = [x; 1].
     # None for methods that need no data.
     covariance: Tensor | None = None
-    # The same with each token weighted by the attention that it gets. None: not asked for.
+    # The same with each token weighted by the attention that it gets. None: as they come.
     attended: Tensor | None = None
     seed: int = 0  # of methods that draw; differs by layer
 

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..merge.affine import Projections, covariance_of, from_pairs, roots, to_pairs
+from ..merge.affine import Projections, attended_of, covariance_of, from_pairs, roots, to_pairs
 from ..merge.method import LayerFacts
 
 
@@ -59,13 +59,16 @@ class Pairs:
     @classmethod
     def of(cls, p: Projections, facts: LayerFacts, reach: Tensor) -> Pairs:
         """Args: reach ``[H]`` of :func:`score_reach`."""
-        covariance, attended = covariance_of(facts, p.k.shape[-1]), attended_of(facts)
+        covariance, attended = (
+            covariance_of(facts, p.k.shape[-1]),
+            attended_of(facts, p.k.shape[-1]),
+        )
         z, q = to_pairs(p.k, facts), to_pairs(p.q, facts)
         size = (_through(q, covariance) * q.conj()).real.sum(-1)  # [H, F]: E|q x|²
         by_head = 0.5 * reach[:, None] * size  # of a turning pair only half is along the query
         weight = by_head.unflatten(0, (-1, p.repeats)).sum(1).sqrt()
         seen = weight[..., None] * z
-        through = _through(seen, attended[: z.shape[-1], : z.shape[-1]])
+        through = _through(seen, attended)
         gram = torch.einsum("gfa,hfa->fgh", through, seen.conj())
         energy, vectors = torch.linalg.eigh(gram)
         return cls(z, weight, vectors.flip(-1), energy.flip(-1).clamp_min(0))
@@ -159,13 +162,6 @@ def second_moments(facts: LayerFacts) -> tuple[Tensor, Tensor]:
     moments = attended_of(facts)
     mean = moments[-1] / moments[-1, -1]
     return mean, moments[:-1, :-1] - torch.outer(mean[:-1], mean[:-1])
-
-
-def attended_of(facts: LayerFacts) -> Tensor:
-    """E[x̃ x̃ᵀ] over tokens as keys and values, `[E + 1, E + 1]`."""
-    found = facts.covariance if facts.attended is None else facts.attended
-    assert found is not None
-    return found.double()
 
 
 def _through(x: Tensor, matrix: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,9 @@ from torch import Tensor
 
 from ..layer import architectures_after, layer_facts, read_layer
 from ..layouts import LayerHeads, Part, Place
-from ..merge.affine import Projections, projections
+from ..merge.affine import projections
 from ..merge.method import LayerFacts, Method
 from ..safetensors_file import FLOAT_DTYPES, TensorInfo
-from .attention import Attention
 from .deepseek import Sizes, config_of, stored
 from .factors import Pairs, factorise, score_reach, second_moments
 from .rotation import Rotation, choose, mean_turn
@@ -105,10 +104,9 @@ class Latents:
         held = any(wanted in shard.tensors for shard in work.source.shards)
         return work.source.read(wanted).double() if held else None
 
-    def weigher(self, work: Work, source: SourceModel, layer: int) -> Callable[[Tensor], Tensor]:
-        return self._attention(work, source, layer, projections(read_layer(work, layer))).received
-
-    def _attention(self, work: Work, source: SourceModel, layer: int, p: Projections) -> Attention:
+    def survey(
+        self, work: Work, source: SourceModel, layers: Iterable[Measured]
+    ) -> dict[str, Tensor]:
         rotary: Any = source.model.get_submodule(work.target.rotary_path)
         frequencies = rotary.inv_freq.float().cpu()
         if len(frequencies) * 2 != self.sizes.dim:
@@ -117,24 +115,18 @@ class Latents:
                 "of a head; possible: all. Convert its KV heads instead: --num-key-value-heads"
             )
         gain = float(rotary.attention_scaling) ** 2
-        return Attention(p, layer_facts(work, layer), frequencies, gain)
-
-    def survey(
-        self, work: Work, source: SourceModel, layers: Iterable[Measured]
-    ) -> dict[str, Tensor]:
         energies, distances = torch.zeros(()), torch.zeros(())
         for seen in layers:
             facts = seen.facts(layer_facts(work, seen.layer))
             p = projections(read_layer(work, seen.layer))
-            attention = self._attention(work, source, seen.layer, p)
-            reach = score_reach(p, second_moments(facts)[1], attention.gain)
-            energy = Pairs.of(p, facts, reach).energy
+            energy = Pairs.of(p, facts, score_reach(p, second_moments(facts)[1], gain)).energy
             energies = energies + energy / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-            distances = distances + attention.distances(seen.sample)
-        still = mean_turn(distances, attention.frequencies)
+            distances = distances + seen.distances
+        still = mean_turn(distances, frequencies)
         counts = choose(energies, still, self.sizes.rope // 2)
-        gain = torch.tensor(attention.gain, dtype=torch.float64)
-        return Rotation(attention.frequencies, counts, still, gain).tensors()
+        return Rotation(
+            frequencies, counts, still, torch.tensor(gain, dtype=torch.float64)
+        ).tensors()
 
     def informed(self, survey: Mapping[str, Tensor]) -> Latents:
         return replace(self, rotation=Rotation.of(survey))
