@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tables.attention import cpu_table, gpu_table, growth_table, mla_table
-from tables.compiled import aot_table
+from tables.compiled import aot_table, sass_table
 from tables.conversion import convert_table, gqa_table, latents_table
 from tables.implementations import implementations_table
 from tables.models import generate_table, heads_table
@@ -38,6 +38,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gqa": gqa_table,
     "latents": latents_table,
     "aot": aot_table,
+    "sass": sass_table,
 }
 MARKED = re.compile(r"(<!-- table:(?P<name>[\w-]+) -->\n).*?(<!-- /table:(?P=name) -->)", re.DOTALL)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .markdown import Row, csv_rows, table
 
-AOT_CSV = "aot.csv"
+AOT_CSV, SASS_CSV = "aot.csv", "sass_model.csv"
 
 
 def aot_table(results: Path) -> str:
@@ -26,4 +26,20 @@ def aot_table(results: Path) -> str:
         limit = members[0]["shared_limit"]
         cells = [arch, f"`{kernel}`", str(len(members)), str(shared), limit, spilling]
         lines.append(cells)
+    return table(head, lines)
+
+
+def sass_table(results: Path) -> str:
+    """What the hot loops ask of the units of a multiprocessor, by the model of their code."""
+    rows = csv_rows(results / SASS_CSV)
+    if not rows:
+        return "*Not counted yet: `python scripts/sass_model.py --out results/sass_model.csv`.*"
+    units = ("matrix", "copy", "issue", "exp2", "other")
+    head = ["kernel", "blocks", *units, "binds", "share of the peak"]
+    lines = []
+    for row in rows:
+        shares = f"{float(row['serial']):.0%} to {float(row['overlapped']):.0%}"
+        cycles = [f"{float(row[unit]):.0f}" for unit in units]
+        name = f"{row['kernel']} {row['name']}"
+        lines.append([name, row["blocks"], *cycles, row["binds"], shares])
     return table(head, lines)

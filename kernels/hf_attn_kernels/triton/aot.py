@@ -33,6 +33,7 @@ _POINTEES = {
     torch.float32: "fp32",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.float8_e4m3fn: "fp8e4nv",
     torch.uint8: "u8",
     torch.bool: "i1",
 }
@@ -154,8 +155,8 @@ def aot_cases(arch: str) -> list[AotCase]:
     return cases
 
 
-def compile_case(case: AotCase, arch: str) -> AotResult:
-    """Compile `case` for one of CHIPS and read what the binary uses.
+def build(case: AotCase, arch: str) -> Any:
+    """`case` compiled for one of CHIPS, as Triton's compiled kernel.
 
     Raises:
         ValueError: the chip is unknown, or this process runs Triton's interpreter.
@@ -164,7 +165,6 @@ def compile_case(case: AotCase, arch: str) -> AotResult:
         raise ValueError(f"chip {arch!r} is not known; possible: {', '.join(CHIPS)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("TRITON_INTERPRET=1 is set; compile in a process without it")
-    chip = CHIPS[arch]
     # every parameter is in the signature, in the kernel's order; constants by name and None too
     signature = {name: case.signature.get(name, "constexpr") for name in case.fn.arg_names}
     attrs = {
@@ -175,10 +175,16 @@ def compile_case(case: AotCase, arch: str) -> AotResult:
     source = ASTSource(
         fn=case.fn, signature=signature, constexprs=dict(case.constexprs), attrs=attrs
     )
-    began = time.perf_counter()
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
-    built = triton.compile(source, target=chip.target, options=options)
+    return triton.compile(source, target=CHIPS[arch].target, options=options)
+
+
+def compile_case(case: AotCase, arch: str) -> AotResult:
+    """Compile `case` for one of CHIPS and read what the binary uses; errors as :func:`build`."""
+    began = time.perf_counter()
+    built = build(case, arch)
     seconds = time.perf_counter() - began
+    chip = CHIPS[arch]
     read = _read_amd if chip.target.backend == "hip" else _read_nvidia
     return AotResult(
         arch=arch, kernel=case.kernel, name=case.name, num_warps=case.num_warps,
@@ -187,8 +193,18 @@ def compile_case(case: AotCase, arch: str) -> AotResult:
     )  # fmt: skip
 
 
+def cuobjdump(cubin: bytes, what: str) -> str:
+    """What NVIDIA's tool, which comes with Triton, prints of a binary: ``"-sass"``, say."""
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tools / "cuobjdump"), what, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def _read_nvidia(asm: Mapping[str, Any]) -> dict[str, int]:
-    usage = _resource_usage(asm["cubin"])
+    usage = cuobjdump(asm["cubin"], "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     # PTX has them one for one, and disassembling the binary would take as long as compiling it
@@ -199,15 +215,6 @@ def _read_nvidia(asm: Mapping[str, Any]) -> dict[str, int]:
         "matrix": len(re.findall(matrix, asm["ptx"])),
         "tma": len(re.findall(r"\bcp\.async\.bulk\.tensor\.\dd\.shared", asm["ptx"])),
     }
-
-
-def _resource_usage(cubin: bytes) -> str:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(tools / "cuobjdump"), "--dump-resource-usage", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _read_amd(asm: Mapping[str, Any]) -> dict[str, int]:

@@ -96,6 +96,8 @@ TABLES = {
     "interpreter": INTERPRETER,
 }
 
+WIDENS_FLOAT8 = ("sm_90", "sm_100")  # by an instruction; the row of sm_89 is 8.6's too
+
 BLOCKS_PER_PROCESSOR = 2  # of the 16-row tiles above
 # what a split costs besides its keys, in tiles: its prologue, and its share of the combining kernel
 SPLIT_TILES, REDUCE_TILES = 2, 2

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from ..fp8 import is_float8
 from ..problem import Pattern
-from .decode_config import MAX_SPLITS, DecodeConfig, choose_splits, config_for, padded
+from .decode_config import (
+    MAX_SPLITS,
+    WIDENS_FLOAT8,
+    DecodeConfig,
+    choose_splits,
+    config_for,
+    padded,
+)
 from .decode_kernel import LOG2E, RECORD_TAIL, decode_kernel, reduce_kernel
 from .launch import Launch
 
@@ -97,8 +104,8 @@ def launches(
         partial = x.q.new_empty(tokens * heads_q * splits * record, dtype=torch.float32)
     decode = Launch(
         "decode", decode_kernel, (tiles_m * splits, heads_kv, x.batch),
-        _decode_arguments(x, pattern, config, splits, out, lse, partial), config.num_warps,
-        config.num_stages,
+        _decode_arguments(x, pattern, config, splits, out, lse, partial, chip),
+        config.num_warps, config.num_stages,
     )  # fmt: skip
     if partial is None:
         return [decode]
@@ -135,13 +142,18 @@ def row_stride(x: Tensor | None) -> int:
 
 
 def stored_bits(cache: Tensor) -> Tensor:
-    """A float8 cache as its bits: the kernel's own arithmetic widens them."""
+    """A float8 cache as its bits: the kernel's own arithmetic treats them."""
     return cache.view(torch.uint8) if is_float8(cache) else cache
+
+
+def readable(cache: Tensor, chip: str) -> Tensor:
+    """A cache as a kernel on `chip` reads it: float8 as bits where no instruction widens it."""
+    return cache if chip in WIDENS_FLOAT8 else stored_bits(cache)
 
 
 def _decode_arguments(
     x: Cache, pattern: Pattern, config: DecodeConfig, splits: int, out: Tensor, lse: Tensor,
-    partial: Tensor | None,
+    partial: Tensor | None, chip: str,
 ) -> dict[str, Any]:  # fmt: skip
     q_steps = strides(x.q) if x.cu_q is None else [0, *strides(x.q)]
     steps = [*q_steps, *strides(x.k), *strides(x.v)]
@@ -153,7 +165,7 @@ def _decode_arguments(
     slopes, table, mask = x.slopes, x.block_table, x.key_mask
     k_len = x.new_keys if x.seqlens is not None else x.k.shape[1]
     return {
-        "q": x.q, "k": stored_bits(x.k), "v": stored_bits(x.v), "out": out, "lse": lse,
+        "q": x.q, "k": readable(x.k, chip), "v": readable(x.v, chip), "out": out, "lse": lse,
         "partial": partial,
         "seqlens": x.seqlens, "cu_q": x.cu_q, "block_table": table, "batch_idx": x.batch_idx,
         "leftpad": x.leftpad, "key_mask": None if mask is None else mask.view(torch.uint8),

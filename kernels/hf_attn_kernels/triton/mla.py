@@ -21,7 +21,7 @@ from .config import chip_of
 from .decode import DTYPES, on
 from .decode_config import MAX_SPLITS, DecodeConfig, choose_splits, padded, processors
 from .decode_kernel import LOG2E, RECORD_TAIL, reduce_kernel
-from .decode_launch import row_stride, stored_bits, strides
+from .decode_launch import readable, row_stride, strides
 from .launch import Launch
 from .mla_config import MAX_RANK, MAX_ROPE, config_for
 from .mla_kernel import mla_kernel
@@ -85,7 +85,8 @@ def launches(p: MlaProblem, out: Tensor, lse: Tensor, chip: str, units: int) -> 
         partial = out.new_empty(batch * q_len * heads * splits * record, dtype=torch.float32)
     decode = Launch(
         "mla", mla_kernel, (tiles_m * splits, batch),
-        _arguments(p, config, splits, out, lse, partial), config.num_warps, config.num_stages,
+        _arguments(p, config, splits, out, lse, partial, chip),
+        config.num_warps, config.num_stages,
     )  # fmt: skip
     if partial is None:
         return [decode]
@@ -108,15 +109,15 @@ def _longest_view(p: MlaProblem, tokens: int) -> int:
 
 def _arguments(
     p: MlaProblem, config: DecodeConfig, splits: int, out: Tensor, lse: Tensor,
-    partial: Tensor | None,
+    partial: Tensor | None, chip: str,
 ) -> dict[str, Any]:  # fmt: skip
     _, q_len, heads, rank = p.q_latent.shape
     rope, mask, pattern = p.q_rope.shape[-1], p.key_mask, p.pattern
     steps = [s for t in (p.q_latent, p.q_rope, p.latent, p.k_rope) for s in strides(t)]
     names = ("ql_sb", "ql_st", "ql_sh", "qr_sb", "qr_st", "qr_sh", "l_sb", "l_st", "r_sb", "r_st")
     return {
-        "q_latent": p.q_latent, "q_rope": p.q_rope, "latent": stored_bits(p.latent),
-        "k_rope": stored_bits(p.k_rope), "out": out, "lse": lse, "partial": partial,
+        "q_latent": p.q_latent, "q_rope": p.q_rope, "latent": readable(p.latent, chip),
+        "k_rope": readable(p.k_rope, chip), "out": out, "lse": lse, "partial": partial,
         "seqlens": p.seqlens_k, "block_table": p.block_table, "leftpad": p.leftpad,
         "key_mask": None if mask is None else mask.contiguous().view(torch.uint8),
         "latent_descale": p.latent_descale, "rope_descale": p.rope_descale,

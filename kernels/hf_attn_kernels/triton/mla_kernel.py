@@ -17,10 +17,10 @@ def key_rows(
     """``[BN, BLOCK]`` tile; columns from N on are 0, and with MASKED keys that are not kept."""
     at = base + k_off[:, None] + columns[None, :]
     if MASKED:
-        return tl.load(at, mask=kept[:, None] & (columns[None, :] < N), other=0)
+        return tl.load(at, mask=kept[:, None] & (columns[None, :] < N), other=0.0)
     if BLOCK == N:
         return tl.load(at)
-    return tl.load(at, mask=columns[None, :] < N, other=0)
+    return tl.load(at, mask=columns[None, :] < N, other=0.0)
 
 
 @triton.jit(do_not_specialize=["q_len", "k_len", "room", "pages", "window_left", "window_right"])
