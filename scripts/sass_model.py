@@ -63,7 +63,7 @@ class Pipe:
 
 PIPES = (
     Pipe("exp2", 16, r"MUFU"),
-    Pipe("float", 128, r"FADD|FMUL|FFMA|IMAD(?!\.WIDE)"),
+    Pipe("fp32", 128, r"FADD|FMUL|FFMA|IMAD(?!\.WIDE)"),
     Pipe("other", 64, r"FMNMX|FSEL|FSETP|F2F|F2I|I2F|SHF|SHL|SHR|LOP3|IADD|ISETP|SEL|LEA|PRMT"
                       r"|IMNMX|VIMNMX|IABS|PLOP3|MOV|IMAD\.WIDE|FCHK|VIADD|SGXT|BMSK|FLO|POPC"),
     Pipe("shuffle", 32, r"SHFL|MOVM"),
@@ -99,7 +99,7 @@ class Row:
     matrix: float
     issue: float
     exp2: float
-    float: float
+    fp32: float
     other: float
     shuffle: float
     shared: float
