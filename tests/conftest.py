@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_ATTN_CPU_EXTENSION"] = "0"  # one that was built here before is not what is tested
 
 import pytest
 import torch
@@ -31,10 +33,22 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "converters")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from fence import put_up_fence
     from interpreter import fix_bf16_dot, interpreting
 
     if interpreting() and importlib.util.find_spec("triton") is not None:
         fix_bf16_dot()
+        put_up_fence()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    from fence import FENCE
+
+    if FENCE.checked:
+        terminalreporter.write_line(
+            f"{FENCE.checked:,} elements that interpreted kernels loaded and stored lay within the "
+            "tensors of their calls"
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,6 +112,46 @@ def fenced() -> Callable[[torch.Tensor], torch.Tensor]:
         return inside.requires_grad_(tensor.requires_grad)
 
     return fence
+
+
+# --- the CPU extension ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def extension_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Torch's folder of extensions for this run, with the CPU extension built in it."""
+    from hf_attn_kernels import build_cpu_extension
+
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("torch_extensions")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(folder))
+        build_cpu_extension()
+    return folder
+
+
+@pytest.fixture
+def with_extension(
+    extension_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[object]]:
+    """The CPU extension serves what it can; gives a list that grows by each call that it served."""
+    from hf_attn_kernels.cpu import compiled, extension
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extension_folder))
+    monkeypatch.setenv("HF_ATTN_CPU_EXTENSION", "")
+    extension.forget()
+    run = extension.library()
+    assert run is not None
+    served: list[object] = []
+
+    def counted(call: object) -> int:
+        served.append(call)
+        return run(call)
+
+    monkeypatch.setattr(compiled, "library", lambda: extension.library() and counted)
+    yield served
+    extension.forget()
 
 
 # --- processes of their own -----------------------------------------------------------------------

@@ -45,3 +45,26 @@ def test_fence_surrounds_the_tensor_with_nan(fenced):
     offset, size = inside.storage_offset(), inside.untyped_storage().nbytes() // 4
     around = inside.detach().as_strided((size,), (1,), 0)
     assert around.isnan().sum() == size - 24 and offset > 0
+
+
+@triton.jit
+def _copy(X, Y, first, count, limit, N: tl.constexpr):
+    at = first + tl.arange(0, N)
+    x = tl.load(X + at, mask=at < limit, other=0.0)
+    tl.store(Y + at, x, mask=at < count)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of the interpreter")
+@pytest.mark.parametrize(
+    ("first", "count", "limit", "wrong"),
+    [(0, 12, 12, ""), (0, 12, 13, "load of 1 of 13"), (0, 13, 12, "store of 1 of 13"),
+     (-1, 12, 12, "load of 1 of 13")],
+)  # fmt: skip
+def test_no_kernel_leaves_its_tensors(first: int, count: int, limit: int, wrong: str) -> None:
+    """Memory behind and before the twelve elements is there, and still not to be touched."""
+    x, y = (torch.zeros(40)[8:20] for _ in range(2))
+    if not wrong:
+        _copy[(1,)](x, y, first, count, limit, N=16)
+        return
+    with pytest.raises(Exception, match=f"{wrong} elements outside of the tensors"):
+        _copy[(1,)](x, y, first, count, limit, N=16)
