@@ -2,6 +2,7 @@
 
 Nothing heavy is imported until a door is used. So the implementations can be registered at the very
 moment transformers' modelling code is imported, also when this package itself is what imports it.
+What every decode step calls imports by full names: to find a relative one takes twice as long.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ def fa2_forward(
 
     Arguments as transformers documents them for its attention interface.
     """
-    from .forward import attend
-    from .swa_settings import OWN_WINDOWS
+    from hf_attn_patch.forward import attend
+    from hf_attn_patch.swa_settings import OWN_WINDOWS
 
     return attend("triton_fa2", OWN_WINDOWS, module, query, key, value, attention_mask, **kwargs)
 
@@ -40,8 +41,8 @@ def paged_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``triton_paged_flash2``: as ``triton_fa2``, and continuous batching where a `cache` comes."""
-    from .forward import attend
-    from .swa_settings import OWN_WINDOWS
+    from hf_attn_patch.forward import attend
+    from hf_attn_patch.swa_settings import OWN_WINDOWS
 
     if cache is not None:
         from .continuous import attend_pages
@@ -92,16 +93,16 @@ def mla_forward(
 
 def fa2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_fa2``: arguments as transformers' ``sdpa_mask``, answer in compact form."""
-    from .masks import answer
-    from .swa_settings import OWN_WINDOWS
+    from hf_attn_patch.masks import answer
+    from hf_attn_patch.swa_settings import OWN_WINDOWS
 
     return answer("triton_fa2", OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
 
 
 def paged_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_paged_flash2``: as for ``triton_fa2``; continuous batching reads none."""
-    from .masks import answer
-    from .swa_settings import OWN_WINDOWS
+    from hf_attn_patch.masks import answer
+    from hf_attn_patch.swa_settings import OWN_WINDOWS
 
     name = "triton_paged_flash2"
     return answer(name, OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)

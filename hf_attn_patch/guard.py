@@ -69,8 +69,8 @@ def refusal(
 
 def refuse_config(config: Any, name: str) -> None:
     """The same for a config alone: a model whose implementation was changed after it was built."""
-    from . import compat
-    from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
+    from hf_attn_patch import compat
+    from hf_attn_patch.models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
 
     model_type = getattr(config, "model_type", "")
     if model_type not in ADAPTERS and not compat.traits(config).interface:

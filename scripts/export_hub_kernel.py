@@ -64,7 +64,9 @@ def export(destination: Path) -> list[Path]:
     """Write the repository; returns the folders of its variants. Raises ValueError if it exists."""
     if destination.exists():
         raise ValueError(f"{destination} exists already: name another folder, or remove it first")
-    files = sorted(p for p in PACKAGE.rglob("*") if p.suffix == ".py" or p.name == "py.typed")
+    files = sorted(
+        p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".cpp", ".h") or p.name == "py.typed"
+    )
     digest = _digest(files)
     _copy(files, destination / "torch-ext" / PACKAGE.name)
     variants = []

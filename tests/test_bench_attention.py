@@ -53,12 +53,19 @@ def test_a_shifted_result_is_not_timed(name, monkeypatch):
         return replace(row, make=make)
 
     peer = {"prefill": "sdpa_is_causal", "window": "sdpa_masked"}.get(name, "sdpa_packed")
-    peer = "contiguous_cache" if name == "paged" else peer
+    peer = "contiguous_cache" if name.startswith("paged") else peer
     with pytest.warns(UserWarning, match=f"{peer} is off by"):
         measured = attention.measure(shifted(peer), row.quick, rounds=1)
     assert peer not in {line.impl for line in measured} and len(measured) >= 1
     with pytest.raises(RuntimeError, match=r"is off by .* nothing was timed"):
         attention.measure(shifted(rows.OURS), row.quick, rounds=1)
+
+
+def test_the_extension_takes_part_where_it_is_built(with_extension):
+    row = attention.ROWS["paged"]
+    names = [line.impl for line in attention.measure(row, row.quick, rounds=1)]
+    assert names[0] == rows.OURS and names[-1] == f"{rows.OURS}:extension"
+    assert len(with_extension) == 2  # checked, then timed; nothing else was served by it
 
 
 def test_nan_is_never_within_budget():

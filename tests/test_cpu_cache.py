@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_attn_kernels import flash_attn_with_kvcache
 from hf_attn_kernels.cpu import attention_with_cache
+from hf_attn_kernels.cpu.compiled import LANES, MOST_QUERIES
 from hf_attn_kernels.cpu.pages import PagedKeys
 from hf_attn_kernels.problem import CacheProblem, Pattern
 from hf_attn_kernels.reference import attention_reference
@@ -78,6 +79,11 @@ CONTIGUOUS = (
 PAGED = tuple(
     replace(case, name=f"{case.name}-page{size}", page=size) for size in (16, 64) for case in BASE
 )
+
+
+def compiled_serves(case: Case) -> bool:
+    """Whether the compiled extension takes the case; else torch's path does with it as without."""
+    return case.tokens <= MOST_QUERIES and case.dim % LANES == case.dim_v % LANES == 0
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,24 @@ def check(case: Case, shift: int = 0) -> None:
 @pytest.mark.parametrize("case", [*CONTIGUOUS, *PAGED], ids=lambda case: case.name)
 def test_matches_the_oracle(case: Case, poison_memory: None) -> None:
     check(case)
+
+
+SERVED = [c for c in (*CONTIGUOUS, *PAGED) if compiled_serves(c)]
+
+
+@pytest.mark.parametrize("case", SERVED, ids=lambda case: case.name)
+def test_extension_matches_the_oracle(
+    case: Case, poison_memory: None, with_extension: list[object]
+) -> None:
+    check(case)
+    assert len(with_extension) == 1
+
+
+@pytest.mark.parametrize("page", [0, 16], ids=["contiguous", "paged"])
+def test_negative_control_of_the_extension(page: int, with_extension: list[object]) -> None:
+    with pytest.raises(AssertionError, match="exceeds"):
+        check(Case(name="", left=20, tokens=3, page=page), shift=-1)
+    assert len(with_extension) == 1
 
 
 @pytest.mark.parametrize("page", [0, 16], ids=["contiguous", "paged"])

@@ -58,7 +58,7 @@ def test_importing_a_package_imports_no_triton(fresh_python, package, prepare):
 @pytest.mark.parametrize("prepare", ["", WITHOUT_TRITON], ids=["triton-there", "triton-absent"])
 def test_every_help_works_and_imports_no_triton(fresh_python, prepare):
     done = fresh_python(f"{prepare}{ALL_HELPS}{NO_TRITON_CAME}")
-    commands = {"list", "check", "generate", "convert", "compare", "bench attention"}
+    commands = {"list", "check", "generate", "convert", "compare", "bench attention", "bench short"}
     assert commands <= set(done.stdout.splitlines())
 
 
@@ -107,6 +107,11 @@ RULES = (
     # the encoder classes that converted folders carry are theirs
     ImportRule(
         part="hf_attn_patch/models/encoders.py",
+        never=frozenset({"triton"}),
+        lazily=frozenset({"hf_attn_converters"}),
+    ),
+    ImportRule(  # what it measures
+        part="hf_attn_patch/bench/convert.py",
         never=frozenset({"triton"}),
         lazily=frozenset({"hf_attn_converters"}),
     ),

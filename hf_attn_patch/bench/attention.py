@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .contenders import DTYPES, Shape, dense_mask, flex, ours, sdpa, sdpa_packed
 from .flops import rate_per_s
+from .gate import worst_error
 from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
 
 Contenders = dict[str, Callable[[], Tensor]]
@@ -143,8 +144,12 @@ PAGE = 16
 
 
 def paged(shape: Shape) -> Trial:
-    """One query over shuffled pages of 16, beside the same keys in a contiguous cache."""
+    """One query over shuffled pages of 16, beside the same keys in a contiguous cache.
+
+    Where the CPU extension is built it takes part, and is left out of the others of ours.
+    """
     from hf_attn_kernels import flash_attn_with_kvcache
+    from hf_attn_kernels.cpu import extension
 
     q, _, _ = _tensors(shape)
     blocks = shape.seq_k // PAGE
@@ -165,12 +170,19 @@ def paged(shape: Shape) -> Trial:
         assert isinstance(out, Tensor)  # a tuple only when the LSE is asked for
         return out
 
+    def by_torch(k: Tensor, v: Tensor, **where: Any) -> Tensor:
+        with extension.left_out():
+            return cached(k, v, **where)
+
+    contenders: Contenders = {
+        OURS: lambda: by_torch(k_pool, v_pool, block_table=pages),
+        "contiguous_cache": lambda: by_torch(k, v),
+        "gather_sdpa_packed": lambda: sdpa_packed(q, *gathered(), shape),
+    }
+    if extension.library() is not None:
+        contenders[f"{OURS}:extension"] = lambda: cached(k_pool, v_pool, block_table=pages)
     return Trial(
-        contenders={
-            OURS: lambda: cached(k_pool, v_pool, block_table=pages),
-            "contiguous_cache": lambda: cached(k, v),
-            "gather_sdpa_packed": lambda: sdpa_packed(q, *gathered(), shape),
-        },
+        contenders=contenders,
         q=q,
         k=k,
         v=v,
@@ -218,6 +230,12 @@ ROWS = {
     "paged": Row(
         full=_shape("decode", 1, (32, 8), 128, 1, 16384),
         quick=_shape("decode", 1, (8, 2), 32, 1, 1024),
+        extra=f"page={PAGE}",
+        make=paged,
+    ),
+    "paged-short-rows": Row(
+        full=_shape("decode", 64, (32, 8), 128, 1, 256),
+        quick=_shape("decode", 8, (8, 2), 32, 1, 64),
         extra=f"page={PAGE}",
         make=paged,
     ),
@@ -311,44 +329,6 @@ def _complaint(trial: Trial, call: Callable[[], Tensor], shape: Shape) -> str:
         return f"failed with {type(failure).__name__}: {failure}"
     error, allowed = worst_error(got, trial, shape)
     return "" if error <= allowed else f"is off by {error:.2g} where {allowed:.2g} is allowed"
-
-
-def worst_error(got: Tensor, trial: Trial, shape: Shape, *, rows: int = 16) -> tuple[float, float]:
-    """Largest error and what is allowed: bands of queries of the first and last head group.
-
-    A band is the first, middle and last real queries of each batch row; its keys end at its last
-    query's diagonal, which keeps the alignment, so the oracle needs no more memory than the band.
-    Allowed is twice the error of the same oracle in the inputs' dtype, and two units of rounding.
-    """
-    from hf_attn_kernels.reference import attention_reference
-
-    group = shape.heads_q // shape.heads_kv
-    error = allowed = 0.0
-    for b, length in enumerate(trial.lengths):
-        queries = min(length, shape.seq_q)
-        for start in sorted({0, max(queries // 2 - rows, 0), max(queries - rows, 0)}):
-            stop = min(start + rows, queries)
-            keys = length - queries + stop
-            for head in sorted({0, shape.heads_kv - 1}):
-                heads = slice(head * group, (head + 1) * group)
-                cut = (
-                    trial.q[b : b + 1, start:stop, heads],
-                    trial.k[b : b + 1, :keys, head : head + 1],
-                    trial.v[b : b + 1, :keys, head : head + 1],
-                )
-                exact, plain = (
-                    attention_reference(
-                        *cut, causal=shape.causal, window_size=shape.window_size, dtype=dtype
-                    )[0]
-                    for dtype in (torch.float64, cut[0].dtype)
-                )
-                part = got[b : b + 1, start:stop, heads]
-                if not bool(part.isfinite().all()):
-                    return float("nan"), allowed
-                error = max(error, float((part - exact).abs().max()))
-                band = 2 * torch.finfo(plain.dtype).eps * float(exact.abs().max())
-                allowed = max(allowed, 2 * float((plain - exact).abs().max()) + band)
-    return error, allowed
 
 
 def _numbers(line: BenchRow) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .contenders import Attention, Shape, eager
+
+if TYPE_CHECKING:
+    from .attention import Trial
 
 ROUNDING_BAND = 2.0  # in units of the dtype's eps times the largest value
 
@@ -78,3 +82,41 @@ def gradients(attention: Attention, tensors: Sequence[Tensor], shape: Shape) -> 
     leaves = [x.detach()[:1].requires_grad_() for x in tensors]
     out = attention(leaves[0], leaves[1], leaves[2], replace(shape, batch=1))
     return list(torch.autograd.grad(out, leaves, out.detach()))
+
+
+def worst_error(got: Tensor, trial: Trial, shape: Shape, *, rows: int = 16) -> tuple[float, float]:
+    """Largest error and what is allowed: bands of queries of the first and last head group.
+
+    A band is the first, middle and last real queries of each batch row; its keys end at its last
+    query's diagonal, which keeps the alignment, so the oracle needs no more memory than the band.
+    Allowed is twice the error of the same oracle in the inputs' dtype, and two units of rounding.
+    """
+    from hf_attn_kernels.reference import attention_reference
+
+    group = shape.heads_q // shape.heads_kv
+    error = allowed = 0.0
+    for b, length in enumerate(trial.lengths):
+        queries = min(length, shape.seq_q)
+        for start in sorted({0, max(queries // 2 - rows, 0), max(queries - rows, 0)}):
+            stop = min(start + rows, queries)
+            keys = length - queries + stop
+            for head in sorted({0, shape.heads_kv - 1}):
+                heads = slice(head * group, (head + 1) * group)
+                cut = (
+                    trial.q[b : b + 1, start:stop, heads],
+                    trial.k[b : b + 1, :keys, head : head + 1],
+                    trial.v[b : b + 1, :keys, head : head + 1],
+                )
+                exact, plain = (
+                    attention_reference(
+                        *cut, causal=shape.causal, window_size=shape.window_size, dtype=dtype
+                    )[0]
+                    for dtype in (torch.float64, cut[0].dtype)
+                )
+                part = got[b : b + 1, start:stop, heads]
+                if not bool(part.isfinite().all()):
+                    return float("nan"), allowed
+                error = max(error, float((part - exact).abs().max()))
+                band = 2 * torch.finfo(plain.dtype).eps * float(exact.abs().max())
+                allowed = max(allowed, 2 * float((plain - exact).abs().max()) + band)
+    return error, allowed

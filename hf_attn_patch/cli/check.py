@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -17,9 +18,14 @@ def check_command(
         list[str] | None, typer.Option(help="An implementation; repeatable. By default all.")
     ] = None,
     device: DeviceOption = None,
+    build: Annotated[
+        bool, typer.Option("--build", help="First compile the CPU extension; needs a C++ compiler.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Say which backend would run a model and why. Exit code 1 if none of those asked for would."""
+    from hf_attn_kernels import build_cpu_extension
+    from hf_attn_kernels.cpu import extension
     from hf_attn_patch import check, list_implementations
     from hf_attn_patch.compare.models import best_device
 
@@ -28,6 +34,9 @@ def check_command(
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no implementation {unknown[0]!r}; possible: {', '.join(known)}")
     where = device or best_device()
+    if build:
+        build_cpu_extension()
+    compiled = extension.status()
     if model is None:
         verdicts = {name: known[name].requires.check(where.split(":")[0]) for name in names}
     else:
@@ -38,6 +47,7 @@ def check_command(
             {
                 "model": model,
                 "device": where,
+                "cpu_extension": asdict(compiled),
                 "implementations": {name: v.to_dict() for name, v in verdicts.items()},
             }
         )
@@ -47,6 +57,9 @@ def check_command(
             for name, v in verdicts.items()
         ]
         print_table(["implementation", "runs", "because", "what to do"], rows, title=model or where)
+        if where.startswith("cpu"):
+            used = "used" if compiled.used else "not used"
+            typer.echo(f"CPU extension for caches: {used}, {compiled.reason}")
     if not any(v.ok for v in verdicts.values()):
         raise typer.Exit(FAILED)
 

@@ -17,7 +17,7 @@ from ..append import appended
 from ..fp8 import is_float8
 from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, CacheProblem
-from . import run
+from . import compiled, run
 from .choice import Traits, choose
 from .context import Context, combine, sum_dtype
 from .flash import PAGED_KEYS_DECODE, gathered_forward
@@ -41,8 +41,11 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     (packed ``[Hq, Tq]``), float32; no gradient."""
     with torch.no_grad():
         problem = appended(problem)
+        found = compiled.attention(problem)
+        if found is not None and not compiled.leaves_rows(problem):
+            return found
         if problem.block_table is not None or is_float8(problem.k_cache):
-            out, lse = _row_by_row(problem)
+            out, lse = _row_by_row(problem, found)
         else:
             out, lse = _forward(problem, _flat_call(problem))
     return out, lse.to(torch.float32)
@@ -89,14 +92,22 @@ def _one_tile(
     return out.reshape(call.q.shape), lse.reshape(1, -1, 1)
 
 
-def _row_by_row(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+def _row_by_row(
+    problem: CacheProblem, found: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """`found` has the rows of few queries already."""
     q, heads = problem.q, problem.q.shape[-2]
-    out = q.new_zeros(*q.shape[:-1], problem.v_cache.shape[-1])
-    shape = (heads, q.shape[0]) if problem.packed else (q.shape[0], heads, q.shape[1])
-    lse = q.new_full(shape, float("-inf"), dtype=sum_dtype(q.dtype))
+    if found is None:
+        shape = (heads, q.shape[0]) if problem.packed else (q.shape[0], heads, q.shape[1])
+        out = q.new_zeros(*q.shape[:-1], problem.v_cache.shape[-1])
+        lse = q.new_full(shape, float("-inf"), dtype=sum_dtype(q.dtype))
+    else:
+        out, lse = found
     scoring = Scoring(pattern=problem.pattern, alibi_slopes=problem.alibi_slopes)
     ctx = Context(scoring=scoring, dtype=sum_dtype(q.dtype))
     for row, call in zip(_rows(problem), _row_calls(problem), strict=True):
+        if found is not None and call.q.shape[1] <= compiled.MOST_QUERIES:
+            continue
         part, part_lse = _one_tile(ctx, problem, row, call) or _forward(problem, call, ctx)
         if problem.packed:
             out[row.queries], lse[:, row.queries] = part[0], part_lse[0]

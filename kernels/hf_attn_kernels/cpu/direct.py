@@ -7,11 +7,17 @@ Shape letters as in :mod:`..problem`; G query heads per key head.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
+from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, Problem
 from .context import fused_forward
-from .one_query import one_query
+from .one_query import LONG_KEYS, one_query
+
+# what PyTorch's fused kernel is made for
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def attention(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None] | None:
@@ -36,6 +42,49 @@ def attention(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | Non
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     out, lse = fused_forward(*heads_first, 0.0, causal, scale=p.scaling)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
+
+
+def plain(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, *, causal: bool, window_left: int
+) -> Tensor | None:
+    """The whole way of a call without extras, as transformers lays it out: heads first.
+
+    For a small model checking and describing a call takes longer than attention itself.
+
+    Args:
+        q: ``[B, Hq, Q, D]``; k, v: ``[B, Hkv, K, D]``.
+
+    Returns:
+        ``[B, Q, Hq, D]``, or None where there is more to it, or something does not fit.
+    """
+    if type(q) is not Tensor or batch_invariant() or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    size, size_k, dtype = q.shape, k.shape, q.dtype
+    if len(size) != 4 or len(size_k) != 4 or v.shape != size_k or dtype not in DTYPES:
+        return None
+    batch, heads, q_len, dim = size
+    batch_k, heads_kv, k_len, dim_k = size_k
+    if batch_k != batch or dim_k != dim or not heads_kv or heads % heads_kv or 0 in size:
+        return None
+    if k.dtype != dtype or v.dtype != dtype or not k_len:
+        return None
+    hides = UNBOUNDED != window_left < k_len - 1
+    if q_len == 1 and causal:
+        if hides:
+            k, v = k[:, :, k_len - 1 - window_left :], v[:, :, k_len - 1 - window_left :]
+        packed = q.reshape(batch, heads_kv, heads // heads_kv, dim)
+        if batch == 1 and k.shape[2] >= LONG_KEYS:
+            out, _ = one_query(packed, k, v, scaling, need_lse=False)
+        else:
+            out = scaled_dot_product_attention(packed, k, v, scale=scaling)
+        return out.reshape(batch, 1, heads, dim)
+    if hides or (causal and q_len != k_len):
+        return None
+    gqa = heads != heads_kv
+    out = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=gqa)
+    return out.transpose(1, 2).contiguous()
 
 
 def _one_query(problem: Problem, low: int, need_lse: bool) -> tuple[Tensor, Tensor | None] | None:

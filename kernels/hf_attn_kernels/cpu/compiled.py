@@ -1,0 +1,126 @@
+"""Few queries over many keys through the compiled extension, where there is one and it is faster.
+
+It reads keys where they lie, so pages are not gathered, and a batch of many rows is one call. What
+it does not serve goes to torch's operators by the table below.
+
+Shape letters as in :mod:`..problem`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import CacheProblem
+from .extension import library
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LANES = 16  # head sizes are multiples of the widest vector
+# queries of a row up to which it is the faster way; with more rows matmuls are torch's strength
+MOST_QUERIES = 4
+
+_POINTERS = (
+    "q", "k", "v", "out", "lse", "table", "page_of_row", "lengths", "first_query", "leftpad",
+    "s_aux", "slopes",
+)  # fmt: skip
+_NUMBERS = (
+    "dtype", "rows", "queries", "heads", "heads_kv", "dim", "dim_v", "page_size", "blocks", "q_row",
+    "q_token", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "lse_row",
+    "lse_head", "lse_query", "slopes_row", "window_left", "window_right", "sink_tokens",
+    "most_queries", "threads",
+)  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    """``struct Call`` of csrc/call.h, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+        *((name, ctypes.c_int64) for name in _NUMBERS),
+        ("scaling", ctypes.c_double),
+        ("softcap", ctypes.c_double),
+    ]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a call is left to torch's operators, and when."""
+
+    why: str
+    holds: Callable[[Tensor, Tensor, Tensor], bool]  # of q, k and v
+
+
+REFUSALS = (
+    Refusal("torch.compile or a fake mode traces it", lambda q, k, v: type(q) is not Tensor),
+    Refusal("float64 has no vectors there", lambda q, k, v: q.dtype not in DTYPES),
+    Refusal("a float8 cache is widened by torch", lambda q, k, v: k.dtype != q.dtype),
+    Refusal(
+        f"head sizes are multiples of {LANES}",
+        lambda q, k, v: q.shape[-1] % LANES != 0 or v.shape[-1] % LANES != 0,
+    ),
+    Refusal("elements of a head are apart", lambda q, k, v: q.stride(-1) != 1),
+)
+
+
+def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the extension does not serve tensors like these, or None."""
+    return next((rule.why for rule in REFUSALS if rule.holds(q, k, v)), None)
+
+
+def attention(problem: CacheProblem) -> tuple[Tensor, Tensor] | None:
+    """out and lse as :func:`.cached.attention_with_cache`, of the rows with at most `MOST_QUERIES`
+    queries; of packed rows with more they are 0 and -inf. None: nothing is done.
+
+    A table that has no page for a key that is seen gives None too: torch's path says which.
+    """
+    run = library()
+    q, k, v = problem.q, problem.k_cache, problem.v_cache
+    if run is None or torch.compiler.is_compiling() or refusal(q, k, v) is not None:
+        return None
+    heads, dim_v = q.shape[-2], v.shape[-1]
+    if problem.cu_seqlens_q is not None:
+        counts = problem.cu_seqlens_q.diff()
+        if not counts.numel() or int(counts.min()) > MOST_QUERIES:
+            return None
+        out = q.new_zeros(q.shape[0], heads, dim_v)
+        lse = q.new_full((heads, q.shape[0]), float("-inf"), dtype=torch.float32)
+        rows, queries, strides = problem.cu_seqlens_q.shape[0] - 1, 0, (0, *lse.stride())
+        q_strides, lengths = (0, *q.stride()[:2]), problem.cu_seqlens_k
+    else:
+        rows, queries = q.shape[:2]
+        if queries > MOST_QUERIES:
+            return None
+        out = q.new_empty(rows, queries, heads, dim_v)
+        lse = q.new_empty(rows, heads, queries, dtype=torch.float32)
+        q_strides, strides, lengths = q.stride()[:3], lse.stride(), problem.seqlens_k
+    table, slopes = problem.block_table, problem.alibi_slopes
+    s_aux = None if problem.s_aux is None else problem.s_aux.float()
+    p = problem.pattern
+    call = _Call(
+        *map(_at, (
+            q, k, v, out, lse, table, problem.batch_idx, lengths, problem.cu_seqlens_q,
+            problem.leftpad, s_aux, slopes,
+        )),
+        DTYPES[q.dtype], rows, queries, heads, k.shape[2], q.shape[-1], dim_v, k.shape[1],
+        0 if table is None else table.shape[1], *q_strides, *k.stride()[:3], *v.stride()[:3],
+        *strides, heads if slopes is not None and slopes.shape[0] > 1 else 0, p.window_left,
+        p.window_right, p.sink_tokens, MOST_QUERIES, torch.get_num_threads(), p.scaling, p.softcap,
+    )  # fmt: skip
+    failed = run(ctypes.byref(call))
+    if failed == -2:
+        raise MemoryError(f"no memory for the partial results of {rows} rows")
+    return (out, lse) if failed == -1 else None
+
+
+def leaves_rows(problem: CacheProblem) -> bool:
+    """Whether some packed row has more queries than :func:`attention` serves."""
+    cu = problem.cu_seqlens_q
+    return cu is not None and int(cu.diff().max()) > MOST_QUERIES
+
+
+def _at(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
