@@ -2,6 +2,8 @@
 #   make demo      the main job on a real checkpoint
 #   make test      the tests, on two transformers releases
 #   make theirs    transformers' own tests of two families, with our attention in sdpa's place
+#   make coverage  which lines the tests run, by file; fails below 90% of a package
+#   make audit     the pinned packages, held to the database of known vulnerabilities
 #   make check     format, lint, types, tables
 #   make docs      the site, with strict links
 #   make bench     CPU rows into results/
@@ -14,6 +16,7 @@ ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
 DOCS := .venv-docs
+AUDIT := .venv-audit
 BIN := $(VENV)/bin/python
 PIP := -m pip --disable-pip-version-check install -qq
 
@@ -23,7 +26,7 @@ WORKERS ?= 2
 # what touches names that differ between releases of transformers
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers hub_kernel))
 
-.PHONY: setup demo test test-newest test-oldest theirs docs bench results gpu wheel clean
+.PHONY: setup demo test test-newest test-oldest theirs coverage audit docs bench results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -63,6 +66,25 @@ test-oldest: $(OLDEST)/.ready
 
 theirs: $(VENV)/.ready
 	$(TEST_ENV) $(BIN) scripts/their_tests.py --families llama,bert $(ARGS)
+
+# Processes that the tests start are measured too: [tool.coverage.run] in pyproject.toml.
+PACKAGES := hf_attn_patch converters/hf_attn_converters kernels/hf_attn_kernels
+
+coverage: $(VENV)/.ready
+	rm -rf .coverage
+	$(TEST_ENV) $(BIN) -m coverage run -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN) -m coverage combine --quiet
+	@$(foreach package,$(PACKAGES),$(BIN) -m coverage report --show-missing --include='$(package)/*' --fail-under=90 || low="$$low $(package)"; ) \
+	test -z "$$low" || { echo "below 90%:$$low"; exit 1; }
+
+$(AUDIT)/.ready: constraints/audit.txt
+	@echo "setting up $(AUDIT) ..."
+	@$(PYTHON) -m venv $(AUDIT)
+	@$(AUDIT)/bin/python $(PIP) -r constraints/audit.txt
+	@touch $@
+
+audit: $(AUDIT)/.ready
+	$(AUDIT)/bin/python scripts/audit.py $(ARGS)
 
 check: check-format check-lint check-types check-tables
 
@@ -106,4 +128,4 @@ wheel: $(VENV)/.ready
 	$(BIN) -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(DOCS) $(AUDIT) .coverage site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

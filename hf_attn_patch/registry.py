@@ -79,7 +79,7 @@ IMPLEMENTATIONS: tuple[AttentionImpl, ...] = (
     ),
     AttentionImpl(
         name="triton_paged_flash2",  # transformers batches continuously for names with "flash" only
-        summary="triton_fa2, and continuous batching (generate_batch, transformers serve) in place",
+        summary="triton_fa2, and continuous batching (generate_batch, scripts/serve.py) in place",
         forward=entry.paged_forward,
         mask=entry.paged_mask,
         supports=Capabilities(continuous_batching=True),

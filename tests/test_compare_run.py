@@ -275,8 +275,12 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"p\.txt is empty"):
             self.compare(folder, str(folder / "mqa"), prompts=tmp_path / "p.txt")
 
+    def test_a_stride_as_long_as_the_window(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="got stride 64, window 64"):
+            self.compare(folder, str(folder / "mqa"), window=64, stride=64)
+
     def test_more_positions_than_there_are(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="positions"):
+        with pytest.raises(ValueError, match="positions, not the"):
             self.compare(folder, str(folder / "mqa"), rounds=1, context=10**6)
 
     def test_an_encoder_and_a_decoder(self, folder: Path, tmp_path: Path) -> None:

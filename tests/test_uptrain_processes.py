@@ -114,9 +114,11 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 def test_two_whole_processes_learn_what_one_does(
     alone: UptrainResult, tmp_path: Path, fresh_python: Callable[..., Any]
 ) -> None:
-    """DDP: scripts/uptrain.py under plain torchrun, its options from a file."""
+    """DDP: scripts/uptrain.py under plain torchrun, its options from a file, which names no device
+    where there is only one."""
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(of_two(alone, tmp_path / "two")))
+    device = "cpu" if torch.accelerator.is_available() else None
+    recipe.write_text(json.dumps(of_two(alone, tmp_path / "two") | {"device": device}))
     done = fresh_python(*TORCHRUN, "scripts/uptrain.py", str(recipe), "--json", env=QUIET)
     assert json.loads(done.stdout)["processes"] == 2  # said once, by one of both
     assert done.stderr.count("768 tokens in 6 steps of 128; about 0:00:") == 1

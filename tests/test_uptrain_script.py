@@ -168,7 +168,10 @@ def test_what_is_ahead_is_said() -> None:
 
 
 def test_what_was_recovered_is_said() -> None:
-    steps = [{"tokens": 0, "kl": 0.4, "ppl": 55.0}, {"tokens": 8000, "kl": 0.1, "ppl": 40.25}]
+    steps = [
+        {"tokens": 0, "loss": 0.4, "kl": 0.4, "ppl": 55.0},
+        {"tokens": 8000, "loss": 0.1, "kl": 0.1, "ppl": 40.25},
+    ]
     record = {"steps": steps, "stopped_early": True, "tokens": 8000, "recovered_percent": 87.25}
     result = UptrainResult(output=Path("out"), record=record, seconds=3.0)
     assert summary(result) == (
@@ -179,3 +182,8 @@ def test_what_was_recovered_is_said() -> None:
     assert header == ["tokens", "kl", "ppl"] and rows[1] == ["8,000", "0.1", "40.25"]
     less = replace(result, record=record | {"stopped_early": False, "recovered_percent": None})
     assert summary(less) == "wrote out in 3.0 s"
+    lost = replace(result, record=less.record | {"steps": steps[::-1]})
+    assert summary(lost).endswith(
+        "worse than before (held-out loss 0.4 against 0.1): give it more tokens, or a lower "
+        "--learning-rate"
+    )

@@ -31,7 +31,9 @@ def compare_command(
         int, typer.Option(min=0, help="Tokens of the text; 0 leaves quality out.")
     ] = 4096,
     window: Annotated[int, typer.Option(min=2, help="Tokens per perplexity window.")] = 512,
-    stride: Annotated[int, typer.Option(min=1, help="Tokens scored per window.")] = 256,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens scored per window; by default half of it.")
+    ] = None,
     new_tokens: Annotated[
         int, typer.Option(min=0, help="Greedy tokens per prompt; 0 leaves generation out.")
     ] = 64,
@@ -77,7 +79,7 @@ def compare_command(
         prompts=prompts,
         max_tokens=max_tokens,
         window=window,
-        stride=stride,
+        stride=stride or window // 2,
         new_tokens=new_tokens,
         chat=chat,
         context=contexts[0],

@@ -165,6 +165,12 @@ def summary(result: UptrainResult) -> str:
     line = f"wrote {result.output} in {result.seconds:.1f} s"
     if record["stopped_early"]:
         line += f"; stopped on a plateau after {record['tokens']:,} tokens"
+    before, after = (record["steps"][at]["loss"] for at in (0, -1))
+    if after > before:
+        line += (
+            f"; worse than before (held-out loss {after:.4g} against {before:.4g}): give it more "
+            "tokens, or a lower --learning-rate"
+        )
     if record.get("recovered_percent") is not None:
         line += f"; recovered {record['recovered_percent']:.1f}% of what the conversion lost"
     return line

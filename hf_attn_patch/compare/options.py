@@ -38,6 +38,10 @@ class CompareOptions:
         for name in ("max_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (leave it out) or more")
+        if not 1 <= self.stride < self.window:
+            raise ValueError(
+                f"stride must lie in 1..window-1, got stride {self.stride}, window {self.window}"
+            )
         if not self.batches:
             raise ValueError("batches must name at least one number of sequences")
         for name in ("context", "more_contexts", "batches"):

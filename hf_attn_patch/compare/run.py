@@ -110,7 +110,7 @@ def _check_positions(models: Sequence[LoadedModel], options: CompareOptions) -> 
     """Raises ValueError when a window or a timing needs more positions than a model has."""
     wanted = {"--window": min(options.window, options.max_tokens)}
     if options.rounds:
-        wanted["--context and --decode-tokens"] = max(c for c, _ in options.settings) + (
+        wanted["--context with --decode-tokens"] = max(c for c, _ in options.settings) + (
             options.decode_tokens if models[0].decodes else 0
         )
     if not models[0].decodes:
@@ -120,8 +120,8 @@ def _check_positions(models: Sequence[LoadedModel], options: CompareOptions) -> 
         for option, positions in wanted.items():
             if has is not None and positions > has:
                 raise ValueError(
-                    f"{loaded.label} has {has} positions, {option} ask for {positions}: "
-                    "ask for fewer"
+                    f"{loaded.label} has {has} positions, not the {positions} that "
+                    f"{option} takes: ask for fewer"
                 )
 
 

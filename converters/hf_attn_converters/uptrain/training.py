@@ -60,7 +60,8 @@ def training_arguments(options: UptrainOptions, folder: Path, **more: Any) -> Tr
         weight_decay=options.weight_decay,
         max_grad_norm=options.clip,
         bf16=sharded_bf16,  # FSDP and DeepSpeed must know; else Uptrainer casts by itself
-        use_cpu=options.device == "cpu",
+        # said aloud where there is nothing else: or many processes do not find each other
+        use_cpu=options.device == "cpu" or not torch.accelerator.is_available(),
         seed=options.seed,
         data_seed=options.seed,
         report_to=[] if options.report_to == "none" else options.report_to.split(","),
