@@ -223,6 +223,20 @@ def test_jsonl_and_bad_text(tmp_path: Path) -> None:
         read_text(binary, None)
 
 
+def test_a_missing_file_is_not_looked_for_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_dataset(*args: Any, **options: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    for name in ("missing.txt", "missing.jsonl"):
+        with pytest.raises(ValueError, match=f"there is no file .*{name}"):
+            read_text(tmp_path / name)
+    with pytest.raises(AssertionError, match="asked"):
+        read_text("a/dataset")
+
+
 def test_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

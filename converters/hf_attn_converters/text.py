@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")  # of what is meant as a file
+
 
 def read_text(source: str | Path, at_most: int | None = None) -> str:
     """The words of a file, or the documents of a dataset with blank lines between.
@@ -18,9 +20,20 @@ def read_text(source: str | Path, at_most: int | None = None) -> str:
 
     Raises ValueError where there is no such text, or nothing but blanks in it.
     """
-    if Path(source).is_file():
+    if _is_file(source):
         return read_file(Path(source), at_most)
     return _not_blank(_join(_from_dataset(str(source)), at_most), source)
+
+
+def _is_file(source: str | Path) -> bool:
+    """Whether it names a file; else it is a dataset.
+
+    Raises ValueError for a file that is not there: its name would be looked for on the network.
+    """
+    path = Path(source)
+    if path.suffix in SUFFIXES and not path.exists():
+        raise ValueError(f"there is no file {source}")
+    return path.is_file()
 
 
 def read_file(path: Path, at_most: int | None = None) -> str:
@@ -48,7 +61,7 @@ def read_documents(source: str | Path) -> Iterator[str]:
     Raises ValueError where there is no such text.
     """
     path = Path(source)
-    if not path.is_file():
+    if not _is_file(source):
         documents = _from_dataset(str(source))
     elif path.suffix == ".parquet":
         documents = _from_parquet(path)

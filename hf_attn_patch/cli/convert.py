@@ -127,8 +127,10 @@ def convert_command(
         return
     if result.verification is not None:
         typer.echo(verification_line(result.verification))
-    rate = result.plan.bytes_after / result.seconds / 1e6
-    typer.echo(f"wrote {dst} in {result.seconds:.1f} s ({rate:.0f} MB/s)")
+    line = f"wrote {dst} in {result.seconds:.1f} s"
+    if result.calibration is None:  # else the time is not that of copying
+        line += f" ({result.plan.bytes_after / result.seconds / 1e6:.0f} MB/s)"
+    typer.echo(line)
 
 
 def calibration_of(*, fit_steps: int | None, **options: Any) -> Calibration | None:
