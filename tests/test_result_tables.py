@@ -64,8 +64,9 @@ def test_without_results_the_tables_say_so(tmp_path):
     file = tmp_path / "README.md"
     text = tool.render({file: skeleton()}, tmp_path)[file]
     assert "old" not in text and text.count("text between") == len(tool.TABLES) - 1
-    # all but the registry's own and what is compiled
-    assert text.count("not measured yet") == len(tool.TABLES) - 2 and "Not compiled yet" in text
+    # all but the registry's own, what is compiled and what is counted in it
+    assert text.count("not measured yet") == len(tool.TABLES) - 3
+    assert "Not compiled yet" in text and "Not counted yet" in text
     assert tool.render({file: text}, tmp_path)[file] == text  # a second run changes nothing
 
 
@@ -80,12 +81,14 @@ def test_cpu_peers_are_multiples_of_ours(tmp_path):
     assert "on chip, 1 thread; torch 2.13" in table and "page=16" not in table
 
 
-def test_the_newest_row_and_our_best_variant_count(tmp_path):
+def test_the_newest_row_counts_and_each_way_of_ours_has_a_line(tmp_path):
     newer = replace(ENV, date="2026-02-01")
     measured = [row(rows.OURS, 50.0, env=newer), row(rows.OURS, 100.0), row("sdpa", 100.0)]
     measured += [row(f"{rows.OURS}:split", 25.0)]
     rows.append_rows(tmp_path / attention.CPU_CSV, measured)
-    assert "sdpa 4.00×" in attention.cpu_table(tmp_path)
+    plain, split = attention.cpu_table(tmp_path).splitlines()[2:4]
+    assert "sdpa 2.00×" in plain and "by the" not in plain
+    assert "sdpa 4.00×" in split and ", by the split |" in split
 
 
 def test_gpu_rates_stand_in_columns_with_the_ceiling(tmp_path):
