@@ -250,6 +250,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from measure.plots import plain_log
 
     figure, axes = pyplot.subplots(
         len(LOSSES), len(KV_HEADS), figsize=(11, 6.5), sharex=True, sharey="col", squeeze=False
@@ -269,7 +270,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     style = {"color": "black", "linestyle": "--"}
                 if line:
                     axis.plot(*zip(*line, strict=True), marker="o", label=method, **style)
-            axis.set(yscale="log", xticks=SHARES, title=f"8 → {kv_heads} KV heads, {loss}")
+            plain_log(axis)
+            axis.set(xticks=SHARES, title=f"8 → {kv_heads} KV heads, {loss}")
             axis.grid(alpha=0.3, which="both")
         axes[i][0].set_ylabel("perplexity, held out")
     for axis in axes[-1]:

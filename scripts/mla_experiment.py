@@ -253,6 +253,7 @@ def plot(rows: Sequence[Row], args: argparse.Namespace) -> None:
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from measure.plots import plain_log
 
     names = list(dict.fromkeys(row.text for row in rows))
     before = int(rows[0].values_before)
@@ -270,7 +271,8 @@ def plot(rows: Sequence[Row], args: argparse.Namespace) -> None:
                 [*found], [*found.values()], color=color, marker=marker, label=f"{what}, {method}"
             )
         axis.axvline(before, color="black", linestyle="--", linewidth=1, label="the source")
-        axis.set(yscale="log", title=name, xlabel="cached values per token and layer")
+        axis.set(title=name, xlabel="cached values per token and layer")
+        plain_log(axis)
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("perplexity, × the source's")
     axes[0][-1].legend()
