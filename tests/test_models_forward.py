@@ -182,16 +182,21 @@ def test_output_attentions_warns_once() -> None:
 def test_negative_control_a_shifted_mask_is_seen(
     spec: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The comparison of this file must fail when the attention is wrong by one key."""
+    """The comparison of this file must fail when the attention is wrong by one key, or, on the
+    straight way of plain calls, not causal."""
     from hf_attn_patch import forward
 
-    right = forward._band
+    right, plain = forward._band, forward.plain_attention
+
+    def open_plain(*args: Any, causal: bool, **options: Any) -> Any:
+        return plain(*args, causal=False, **options)
 
     def shifted(call: forward.Call) -> dict[str, object]:
         band = right(call)
         return band | {"causal": False, "window_size": (band["window_size"][0], 1)}
 
     monkeypatch.setattr(forward, "_band", shifted)
+    monkeypatch.setattr(forward, "plain_attention", open_plain)
     inputs = inputs_for(spec, {"input_ids": tokens(2, 13)})
     if spec.kind == "seq2seq":  # the decoder's mask is dense there: hide one key in the encoder
         inputs["attention_mask"] = torch.ones(2, 13, dtype=torch.long)
