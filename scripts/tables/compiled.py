@@ -35,11 +35,11 @@ def sass_table(results: Path) -> str:
     if not rows:
         return "*Not counted yet: `python scripts/sass_model.py --out results/sass_model.csv`.*"
     units = ("matrix", "copy", "issue", "exp2", "other")
-    head = ["kernel", "blocks", *units, "binds", "share of the peak"]
+    head = ["kernel", "share of the peak", "binds", *units, "blocks"]
     lines = []
     for row in rows:
         shares = f"{float(row['serial']):.0%} to {float(row['overlapped']):.0%}"
         cycles = [f"{float(row[unit]):.0f}" for unit in units]
         name = f"{row['kernel']} {row['name']}"
-        lines.append([name, row["blocks"], *cycles, row["binds"], shares])
+        lines.append([name, shares, row["binds"], *cycles, row["blocks"]])
     return table(head, lines)
