@@ -258,7 +258,7 @@ def test_bad_input(given: UptrainOptions, tmp_path: Path, monkeypatch: pytest.Mo
     short = tmp_path / "short.txt"
     short.write_text("short")
     refused(replace(given, text=(str(short),)), "one row takes 32")
-    refused(replace(given, text=(str(tmp_path / "absent.txt"),)), "neither a text file nor")
+    refused(replace(given, text=(str(tmp_path / "absent.txt"),)), "there is no file .*absent")
     refused(replace(given, output=Path(given.student) / "out"), "lies inside the source")
     bloom = tmp_path / "bloom"
     sizes = BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2)
