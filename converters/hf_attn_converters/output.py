@@ -155,7 +155,14 @@ def _short(value: Any) -> str:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on the file; the system gives it back even after a kill."""
-    with path.open("a") as file:
+    busy = ValueError(
+        f"another run is writing to {path.parent}; wait until it ends, or choose another target"
+    )
+    try:
+        file = path.open("a")
+    except FileNotFoundError:  # since the folder was made, that run has renamed it
+        raise busy from None
+    with file:
         if sys.platform != "win32":
             import fcntl
 
@@ -170,10 +177,7 @@ def locked(path: Path) -> Iterator[None]:
                     raise
                 current = True
             if not current:  # held by another run, or that run has just renamed the folder
-                raise ValueError(
-                    f"another run is writing to {path.parent}; wait until it ends, "
-                    "or choose another target"
-                )
+                raise busy
         yield
 
 
