@@ -122,23 +122,17 @@ def append_rows(path: Path, rows: Iterable[BenchRow]) -> None:
     Each call flushes, so an interrupted run keeps what it measured. Raises ValueError when `path`
     holds a CSV with other columns.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists() or path.stat().st_size == 0
-    if not is_new:
-        _check_header(path)
     rows = list(rows)
     assert all(row.timing is not None for row in rows), "a plan is not a measurement"
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(row.cells() for row in rows)
+    append_table(path, COLUMNS, [row.cells() for row in rows])
 
 
 def append_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append rows of other columns than `BenchRow`'s to a CSV, which gets its header when new."""
+    """:func:`append_rows` for rows of any columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
+    is_new = not path.exists() or path.stat().st_size == 0
+    if not is_new:
+        _check_header(path, columns)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         if is_new:
@@ -150,7 +144,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """Every row of the CSV at `path` as text by column; an absent file has none."""
     if not path.exists() or path.stat().st_size == 0:
         return []
-    _check_header(path)
+    _check_header(path, COLUMNS)
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -160,13 +154,13 @@ def measured_keys(path: Path) -> set[tuple[str, ...]]:
     return {tuple(row[name] for name in KEY_COLUMNS) for row in read_rows(path)}
 
 
-def _check_header(path: Path) -> None:
+def _check_header(path: Path, columns: Sequence[str]) -> None:
     with path.open(newline="") as file:
         header = next(csv.reader(file))
-    if header != COLUMNS:
+    if header != list(columns):
         raise ValueError(
             f"{path} has the columns {','.join(header)}; a benchmark appends only to a file with "
-            f"{','.join(COLUMNS)}. Name another output file."
+            f"{','.join(columns)}. Name another output file."
         )
 
 

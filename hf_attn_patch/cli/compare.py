@@ -32,8 +32,8 @@ def compare_command(
     ] = 4096,
     window: Annotated[int, typer.Option(min=2, help="Tokens per perplexity window.")] = 512,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens scored per window; by default half of it.")
-    ] = None,
+        int, typer.Option(min=0, help="Tokens scored per window; 0: half of it.")
+    ] = 0,
     new_tokens: Annotated[
         int, typer.Option(min=0, help="Greedy tokens per prompt; 0 leaves generation out.")
     ] = 64,
@@ -79,7 +79,7 @@ def compare_command(
         prompts=prompts,
         max_tokens=max_tokens,
         window=window,
-        stride=stride or window // 2,
+        stride=stride,
         new_tokens=new_tokens,
         chat=chat,
         context=contexts[0],

@@ -21,7 +21,7 @@ class CompareOptions:
     prompts: Path | None = None  # None: sentence beginnings of the text
     max_tokens: int = 4096  # of the text; 0 leaves perplexity and divergence out
     window: int = 512
-    stride: int = 256
+    stride: int = 0  # tokens scored per window; 0: half of it
     new_tokens: int = 64  # per prompt; 0 leaves generation out
     chat: bool | None = None  # None: through the chat template if there is one
     context: int = 512  # prompt tokens of the speed measurement
@@ -38,6 +38,8 @@ class CompareOptions:
         for name in ("max_tokens", "new_tokens", "rounds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (leave it out) or more")
+        if self.stride == 0:
+            object.__setattr__(self, "stride", self.window // 2)
         if not 1 <= self.stride < self.window:
             raise ValueError(
                 f"stride must lie in 1..window-1, got stride {self.stride}, window {self.window}"

@@ -112,7 +112,7 @@ def latents_table(results: Path) -> str:
     rows = sorted(csv_rows(results / LATENTS_CSV), key=lambda row: row["date"])
     if not rows:
         return unmeasured("Latents'", "python scripts/mla_experiment.py")
-    subject, dim = rows[0]["subject"], 64  # head_dim of SmolLM2
+    subject, before = rows[0]["subject"], int(rows[0]["values_before"])
     found: dict[tuple[int, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         size = f"latent {row['kv_lora_rank']}, rotated key {row['qk_rope_head_dim']}"
@@ -121,8 +121,9 @@ def latents_table(results: Path) -> str:
     for row in csv_rows(results / CONVERT_CSV):
         kind = {"csvd": "closed form", "csvd+fit": "fitted"}.get(_column(row))
         if row["subject"] == subject and kind:
-            size = f"{row['kv_after']} KV head"
-            found.setdefault((2 * dim * int(row["kv_after"]), size), {})[row["text"], kind] = row
+            size, values = f"{row['kv_after']} KV head", before * int(row["kv_after"])
+            place = (values // int(row["kv_before"]), size)
+            found.setdefault(place, {})[row["text"], kind] = row
     texts = list(dict.fromkeys(row["text"] for row in rows))
     columns = [(text, kind) for text in texts for kind in ("closed form", "fitted")]
     cells = [
@@ -130,9 +131,11 @@ def latents_table(results: Path) -> str:
         for (values, size), by in sorted(found.items(), key=lambda item: -item[0][0])
     ]
     head = ["values", "kept", *(f"{text}, {kind}" for text, kind in columns)]
+    steps = ", ".join(sorted({row["steps"] for row in rows if row["steps"]}))
     about = (
-        f"{subject}, whose 3 KV heads keep 384 values per token and layer. ×: perplexity as a "
-        "multiple of the source's, KL from the source in brackets; the fits are those of 96 steps."
+        f"{subject}, whose KV heads keep {before} values per token and layer. ×: perplexity as a "
+        f"multiple of the source's, KL from the source in brackets; latents fitted in {steps} "
+        "steps."
     )
     return f"{table(head, cells)}\n\n{about}"
 

@@ -59,17 +59,14 @@ class Pairs:
     @classmethod
     def of(cls, p: Projections, facts: LayerFacts, reach: Tensor) -> Pairs:
         """Args: reach ``[H]`` of :func:`score_reach`."""
-        covariance, attended = (
-            covariance_of(facts, p.k.shape[-1]),
-            attended_of(facts, p.k.shape[-1]),
-        )
+        columns = p.k.shape[-1]
+        covariance, attended = covariance_of(facts, columns), attended_of(facts, columns)
         z, q = to_pairs(p.k, facts), to_pairs(p.q, facts)
         size = (_through(q, covariance) * q.conj()).real.sum(-1)  # [H, F]: E|q x|²
         by_head = 0.5 * reach[:, None] * size  # of a turning pair only half is along the query
         weight = by_head.unflatten(0, (-1, p.repeats)).sum(1).sqrt()
         seen = weight[..., None] * z
-        through = _through(seen, attended)
-        gram = torch.einsum("gfa,hfa->fgh", through, seen.conj())
+        gram = torch.einsum("gfa,hfa->fgh", _through(seen, attended), seen.conj())
         energy, vectors = torch.linalg.eigh(gram)
         return cls(z, weight, vectors.flip(-1), energy.flip(-1).clamp_min(0))
 

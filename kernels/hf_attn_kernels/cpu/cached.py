@@ -42,8 +42,8 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         problem = appended(problem)
         found = compiled.attention(problem)
-        if found is not None and not compiled.leaves_rows(problem):
-            return found
+        if found is not None and found.whole:
+            return found.out, found.lse
         if problem.block_table is not None or is_float8(problem.k_cache):
             out, lse = _row_by_row(problem, found)
         else:
@@ -92,9 +92,7 @@ def _one_tile(
     return out.reshape(call.q.shape), lse.reshape(1, -1, 1)
 
 
-def _row_by_row(
-    problem: CacheProblem, found: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
+def _row_by_row(problem: CacheProblem, found: compiled.Found | None) -> tuple[Tensor, Tensor]:
     """`found` has the rows of few queries already."""
     q, heads = problem.q, problem.q.shape[-2]
     if found is None:
@@ -102,7 +100,7 @@ def _row_by_row(
         out = q.new_zeros(*q.shape[:-1], problem.v_cache.shape[-1])
         lse = q.new_full(shape, float("-inf"), dtype=sum_dtype(q.dtype))
     else:
-        out, lse = found
+        out, lse = found.out, found.lse
     scoring = Scoring(pattern=problem.pattern, alibi_slopes=problem.alibi_slopes)
     ctx = Context(scoring=scoring, dtype=sum_dtype(q.dtype))
     for row, call in zip(_rows(problem), _row_calls(problem), strict=True):

@@ -71,9 +71,18 @@ def refusal(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return next((rule.why for rule in REFUSALS if rule.holds(q, k, v)), None)
 
 
-def attention(problem: CacheProblem) -> tuple[Tensor, Tensor] | None:
+@dataclass(frozen=True)
+class Found:
+    """What was computed."""
+
+    out: Tensor
+    lse: Tensor
+    whole: bool  # False: packed rows of more than `MOST_QUERIES` queries are left, 0 and -inf
+
+
+def attention(problem: CacheProblem) -> Found | None:
     """out and lse as :func:`.cached.attention_with_cache`, of the rows with at most `MOST_QUERIES`
-    queries; of packed rows with more they are 0 and -inf. None: nothing is done.
+    queries. None: nothing is done.
 
     A table that has no page for a key that is seen gives None too: torch's path says which.
     """
@@ -81,11 +90,12 @@ def attention(problem: CacheProblem) -> tuple[Tensor, Tensor] | None:
     q, k, v = problem.q, problem.k_cache, problem.v_cache
     if run is None or torch.compiler.is_compiling() or refusal(q, k, v) is not None:
         return None
-    heads, dim_v = q.shape[-2], v.shape[-1]
+    heads, dim_v, whole = q.shape[-2], v.shape[-1], True
     if problem.cu_seqlens_q is not None:
         counts = problem.cu_seqlens_q.diff()
         if not counts.numel() or int(counts.min()) > MOST_QUERIES:
             return None
+        whole = int(counts.max()) <= MOST_QUERIES
         out = q.new_zeros(q.shape[0], heads, dim_v)
         lse = q.new_full((heads, q.shape[0]), float("-inf"), dtype=torch.float32)
         rows, queries, strides = problem.cu_seqlens_q.shape[0] - 1, 0, (0, *lse.stride())
@@ -113,13 +123,7 @@ def attention(problem: CacheProblem) -> tuple[Tensor, Tensor] | None:
     failed = run(ctypes.byref(call))
     if failed == -2:
         raise MemoryError(f"no memory for the partial results of {rows} rows")
-    return (out, lse) if failed == -1 else None
-
-
-def leaves_rows(problem: CacheProblem) -> bool:
-    """Whether some packed row has more queries than :func:`attention` serves."""
-    cu = problem.cu_seqlens_q
-    return cu is not None and int(cu.diff().max()) > MOST_QUERIES
+    return Found(out, lse, whole) if failed == -1 else None
 
 
 def _at(x: Tensor | None) -> int | None:
