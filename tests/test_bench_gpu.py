@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hf_attn_patch.bench import decode, gpu, rows
-from hf_attn_patch.bench.contenders import CONTENDERS, Shape, eager, ours, sdpa, sdpa_packed
+from hf_attn_patch.bench.contenders import DECODE, Shape, eager, ours, sdpa, sdpa_packed
 
 CPU = torch.device("cpu")
 SMALL = Shape(
@@ -42,7 +42,7 @@ def test_contenders_agree_with_the_oracle(shape):
 def test_packed_decode_agrees_and_refuses_what_it_cannot_do():
     shape = replace(SMALL, pass_="decode", seq_q=1)
     q, k, v = shape.inputs(CPU)
-    for attention in (sdpa_packed, CONTENDERS["decode"][rows.OURS]):
+    for attention in (sdpa_packed, DECODE[rows.OURS]):
         assert gpu.forward_budget(attention(q, k, v, shape), q, k, v, shape).kept
     with pytest.raises(ValueError, match="one query"):
         sdpa_packed(*SMALL.inputs(CPU), SMALL)

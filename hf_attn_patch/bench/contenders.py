@@ -234,4 +234,3 @@ DECODE: dict[str, Attention] = {
     "flex_compiled": flex,
     "eager": eager,
 }
-CONTENDERS = {"forward": PREFILL, "backward": PREFILL, "decode": DECODE}

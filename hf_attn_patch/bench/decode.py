@@ -63,7 +63,7 @@ def over_pages(q: Tensor, k: Tensor, v: Tensor, shape: Shape, *, page_size: int)
 
     if shape.seq_q != 1 or shape.window is not None or shape.seq_k % page_size:
         raise ValueError(f"pages of {page_size} need one query, no window and full pages")
-    table, lengths = _tables(shape, page_size, q.device)
+    table, lengths = tables(shape, page_size, q.device)
     k_pages, v_pages = (x.view(-1, page_size, *x.shape[2:]) for x in (k, v))
     out = flash_attn_with_kvcache(
         q, k_pages, v_pages, cache_seqlens=lengths, block_table=table, causal=shape.causal
@@ -73,7 +73,7 @@ def over_pages(q: Tensor, k: Tensor, v: Tensor, shape: Shape, *, page_size: int)
 
 
 @functools.lru_cache(maxsize=len(PAGE_SIZES))
-def _tables(shape: Shape, page_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def tables(shape: Shape, page_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Block table `[B, pages of a row]`, every row's own pages in a random order, and lengths."""
     generator = torch.Generator().manual_seed(0)
     pages = shape.seq_k // page_size

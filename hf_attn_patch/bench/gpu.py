@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import contenders as dense
-from . import decode
+from . import decode, peers
 from .contenders import Attention, Shape, eager
 from .flops import rate_per_s
 from .gate import Budget, forward_budget, gradient_budgets, gradients
@@ -90,8 +90,9 @@ SLICES: dict[str, tuple[Shape, ...]] = {
 
 
 CONTENDERS: dict[str, dict[str, Attention]] = {
-    **dense.CONTENDERS,
-    "decode": {**dense.CONTENDERS["decode"], **decode.PAGED},
+    "forward": {**dense.PREFILL, **peers.PREFILL},
+    "backward": {**dense.PREFILL, **peers.PREFILL},
+    "decode": {**dense.DECODE, **decode.PAGED, **peers.DECODE},
 }
 
 
