@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from extension_calls import count_prefills
 
 from hf_attn_patch.bench import attention, rows
 
@@ -64,8 +65,17 @@ def test_a_shifted_result_is_not_timed(name, monkeypatch):
 def test_the_extension_takes_part_where_it_is_built(with_extension):
     row = attention.ROWS["paged"]
     names = [line.impl for line in attention.measure(row, row.quick, rounds=1)]
-    assert names[0] == rows.OURS and names[-1] == f"{rows.OURS}:extension"
+    assert names[:2] == [rows.OURS, f"{rows.OURS}:extension"]
     assert len(with_extension) == 2  # checked, then timed; nothing else was served by it
+
+
+@pytest.mark.parametrize("name", ["prefill", "window"])
+def test_the_extension_takes_part_in_prompts(name, with_extension, monkeypatch):
+    served = count_prefills(monkeypatch)
+    row = attention.ROWS[name]
+    names = [line.impl for line in attention.measure(row, row.quick, rounds=1)]
+    assert names[:2] == [rows.OURS, f"{rows.OURS}:extension"]
+    assert len(served) == 2
 
 
 def test_nan_is_never_within_budget():

@@ -81,7 +81,7 @@ def test_either_engine_gives_the_same_gradients(case: Case) -> None:
     for name in (run.FLASH, run.MATMUL):
         torch.manual_seed(0)
         data = make_data(case, CPU)
-        call = op._call(problem_of(data.q, data.k, data.v, case, data.options, data.cu))
+        call = run.call_of(problem_of(data.q, data.k, data.v, case, data.options, data.cu))
         with torch.no_grad():
             out, lse = run.forward(call, name)
             grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
@@ -225,7 +225,7 @@ def largest_tensor(case: Case, length: int) -> int:
     problem = replace(problem, dropout_seed=torch.tensor([3]) if case.dropout_p else None)
     name = choose(traits_of(problem)).engine
     with torch.no_grad(), LargestTensor() as seen:  # below the operator, whose inside no mode sees
-        call = op._call(problem)
+        call = run.call_of(problem)
         out, lse = run.forward(call, name)
         run.backward(call, name, out, lse, torch.ones_like(out), None, False)
     return seen.elements

@@ -17,10 +17,17 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from click.testing import Result
+from extension_calls import count_prefills, pages, pretend
+from kernel_cases import assert_within_budget
 from torch import Tensor
 from typer.testing import CliRunner
 
-from hf_attn_kernels import build_cpu_extension, flash_attn_varlen_func, flash_attn_with_kvcache
+from hf_attn_kernels import (
+    build_cpu_extension,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
 from hf_attn_kernels.cpu import compiled, extension
 from hf_attn_kernels.reference import attention_reference
 from hf_attn_patch.cli import app
@@ -29,19 +36,6 @@ BF16 = torch.bfloat16
 COMPILER = shutil.which("c++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 Python = Callable[..., "CompletedProcess[str]"]
-
-
-def pages(rows: list[Tensor], size: int, spare: int = 2) -> tuple[Tensor, Tensor]:
-    """Shuffled pages ``[pages, size, H, D]``, NaN where nothing is, and their table."""
-    counts = [-(-len(row) // size) for row in rows]
-    order = torch.randperm(sum(counts) + spare).tolist()
-    pool = torch.full((len(order), size, *rows[0].shape[1:]), float("nan")).to(rows[0].dtype)
-    table = torch.full((len(rows), max(counts)), -1, dtype=torch.int32)
-    for b, row in enumerate(rows):
-        for block, part in enumerate(row.split(size)):
-            table[b, block] = page = order.pop()
-            pool[page, : len(part)] = part
-    return pool, table
 
 
 def lengths_of(rows: list[Tensor]) -> Tensor:
@@ -256,12 +250,18 @@ class TestBuilding:
     def test_other_flags_are_another_file(self, monkeypatch: pytest.MonkeyPatch) -> None:
         found = {}
         for capability in ("DEFAULT", "AVX2", "AVX512", "AVX512_VNNI"):
-            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
-            found[capability] = extension.flags(), extension.location()
-        assert found["DEFAULT"][0] == extension.FLAGS
-        assert "-mavx2" in found["AVX2"][0] and "-mavx512f" not in found["AVX2"][0]
-        assert "-mavx512f" in found["AVX512"][0] and found["AVX512"] == found["AVX512_VNNI"]
-        assert len({path for _, path in found.values()}) == 3
+            for pairs in (False, True):
+                pretend(monkeypatch, capability, pairs)
+                found[capability, pairs] = extension.flags(), extension.location()
+        assert found["DEFAULT", True] == found["DEFAULT", False]
+        assert found["DEFAULT", True][0] == extension.FLAGS
+        avx2, avx512, pairs = (
+            found[key][0] for key in (("AVX2", True), ("AVX512", False), ("AVX512", True))
+        )
+        assert "-mavx2" in avx2 and "-mavx512f" not in avx2
+        assert "-mavx512f" in avx512 and pairs == (*avx512, "-mavx512bf16")
+        assert found["AVX512", True] == found["AVX512_VNNI", True]
+        assert len({path for _, path in found.values()}) == 4
 
     def test_other_sources_are_another_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -318,13 +318,15 @@ class TestCommand:
 
 
 @needs_compiler
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
 def test_older_processors(capability: str, attend: Attend, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for less than this processor has: the same, to rounding."""
-    if capability != "DEFAULT" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+    have = torch.backends.cpu.get_cpu_capability()
+    if capability != "DEFAULT" and not (have.startswith("AVX") and capability <= have[:6]):
         pytest.skip("this processor is older")
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    pretend(monkeypatch, capability, False)
     assert attend(HF_ATTN_CPU_EXTENSION="1") == (True, [])
+    prefills = count_prefills(monkeypatch)
     for dtype in (torch.float32, BF16, torch.float16):
         q, k, v = (
             torch.randn(2, *shape).to(dtype) for shape in ((3, 6, 48), (333, 2, 48), (333, 2, 80))
@@ -334,3 +336,11 @@ def test_older_processors(capability: str, attend: Attend, monkeypatch: pytest.M
         out = flash_attn_with_kvcache(q, k, v, **options)
         exact = flash_attn_with_kvcache(q.double(), k.double(), v.double(), **options)
         assert (out - exact).abs().max() <= 2 * torch.finfo(dtype).eps
+        queries = torch.randn(2, 70, 6, 48).to(dtype)
+        options |= {"window_size": (41, 3), "causal": False}
+        out, lse, _ = flash_attn_func(queries, k, v, return_attn_probs=True, **options)
+        exact, exact_lse = attention_reference(queries, k, v, **options)
+        eager, eager_lse = attention_reference(queries, k, v, **options, dtype=dtype)
+        assert_within_budget("out", out, eager, exact)
+        assert_within_budget("lse", lse, eager_lse.float(), exact_lse)
+    assert len(prefills) == 3

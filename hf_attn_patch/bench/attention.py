@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,20 @@ def _tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def both_ways(call: Callable[[], Tensor], *, by: Literal["prefill", "decode"]) -> Contenders:
+    """This package by torch's operators and, where it is built, by the CPU extension."""
+    from hf_attn_kernels.cpu import extension, prefill
+
+    def by_torch() -> Tensor:
+        with extension.left_out():
+            return call()
+
+    found: Contenders = {OURS: by_torch}
+    if prefill.takes(2) if by == "prefill" else extension.library() is not None:
+        found[f"{OURS}:extension"] = call
+    return found
+
+
 def prefill(shape: Shape) -> Trial:
     """The last row is padded on the right to twice its length, so SDPA needs no mask for it."""
     from hf_attn_kernels import flash_attn_func
@@ -78,7 +92,7 @@ def prefill(shape: Shape) -> Trial:
 
     return Trial(
         contenders={
-            OURS: this_package,
+            **both_ways(this_package, by="prefill"),
             "sdpa_is_causal": lambda: sdpa(q, k, v, shape, None),
             "transformers_sdpa": lambda: transformers_sdpa(q, k, v, mask),
         },
@@ -102,7 +116,7 @@ def window(shape: Shape) -> Trial:
     q, k, v = _tensors(shape)
     return Trial(
         contenders={
-            OURS: lambda: ours(q, k, v, shape),
+            **both_ways(lambda: ours(q, k, v, shape), by="prefill"),
             "flex_compiled": lambda: flex(q, k, v, shape),
             "sdpa_masked": lambda: sdpa(q, k, v, shape, None),
         },
@@ -144,12 +158,8 @@ PAGE = 16
 
 
 def paged(shape: Shape) -> Trial:
-    """One query over shuffled pages of 16, beside the same keys in a contiguous cache.
-
-    Where the CPU extension is built it takes part, and is left out of the others of ours.
-    """
+    """One query over shuffled pages of 16, beside the same keys in a contiguous cache."""
     from hf_attn_kernels import flash_attn_with_kvcache
-    from hf_attn_kernels.cpu import extension
 
     q, _, _ = _tensors(shape)
     blocks = shape.seq_k // PAGE
@@ -170,17 +180,12 @@ def paged(shape: Shape) -> Trial:
         assert isinstance(out, Tensor)  # a tuple only when the LSE is asked for
         return out
 
-    def by_torch(k: Tensor, v: Tensor, **where: Any) -> Tensor:
-        with extension.left_out():
-            return cached(k, v, **where)
-
+    over_pages = both_ways(lambda: cached(k_pool, v_pool, block_table=pages), by="decode")
     contenders: Contenders = {
-        OURS: lambda: by_torch(k_pool, v_pool, block_table=pages),
-        "contiguous_cache": lambda: by_torch(k, v),
+        **over_pages,
+        "contiguous_cache": both_ways(lambda: cached(k, v), by="decode")[OURS],
         "gather_sdpa_packed": lambda: sdpa_packed(q, *gathered(), shape),
     }
-    if extension.library() is not None:
-        contenders[f"{OURS}:extension"] = lambda: cached(k_pool, v_pool, block_table=pages)
     return Trial(
         contenders=contenders,
         q=q,

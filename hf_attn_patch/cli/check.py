@@ -59,7 +59,7 @@ def check_command(
         print_table(["implementation", "runs", "because", "what to do"], rows, title=model or where)
         if where.startswith("cpu"):
             used = "used" if compiled.used else "not used"
-            typer.echo(f"CPU extension for caches: {used}, {compiled.reason}")
+            typer.echo(f"CPU extension: {used}, {compiled.reason}")
     if not any(v.ok for v in verdicts.values()):
         raise typer.Exit(FAILED)
 

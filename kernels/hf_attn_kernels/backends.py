@@ -113,7 +113,7 @@ def plain_attention(
 
 
 def build_cpu_extension() -> Path:
-    """Compile the CPU backend's optional extension for caches, which needs a C++ compiler.
+    """Compile the CPU backend's optional extension, which needs a C++ compiler.
 
     Once built it is used by this and every later process, see :mod:`.cpu.extension`.
 

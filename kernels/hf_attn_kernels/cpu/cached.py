@@ -17,7 +17,7 @@ from ..append import appended
 from ..fp8 import is_float8
 from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, CacheProblem
-from . import compiled, run
+from . import compiled, prefill, run
 from .choice import Traits, choose
 from .context import Context, combine, sum_dtype
 from .flash import PAGED_KEYS_DECODE, gathered_forward
@@ -54,7 +54,7 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 def _forward(
     problem: CacheProblem, call: run.Call, ctx: Context | None = None
 ) -> tuple[Tensor, Tensor]:
-    return run.forward(call, _engine(problem), ctx)
+    return prefill.attention(call) or run.forward(call, _engine(problem), ctx)
 
 
 def _engine(problem: CacheProblem) -> str:

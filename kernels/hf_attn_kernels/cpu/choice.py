@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import UNBOUNDED, Problem
-from .run import FLASH, MATMUL
+from . import prefill
+from .run import FLASH, MATMUL, call_of
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ RULES = (
 )
 
 
+# before them, where it is built (`prefill.REFUSALS` says what it leaves to them); forward only
+BY_EXTENSION = Rule("compiled", "the CPU extension", lambda t: True)
+
+
 def choose(traits: Traits) -> Rule:
     return next(rule for rule in RULES if rule.holds(traits))
 
@@ -66,6 +71,8 @@ def plan(problem: Problem) -> str:
     """The path a forward call takes, in words: what it is and which engine, with the reason."""
     p = problem.pattern
     rule = choose(traits_of(problem))
+    if prefill.serves(call_of(problem)):
+        rule = BY_EXTENSION
     if p.window_left != UNBOUNDED or p.window_right > 0:
         shape = f"window ({p.window_left}, {p.window_right})"
     elif p.window_right == 0:

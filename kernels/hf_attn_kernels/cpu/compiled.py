@@ -111,7 +111,7 @@ def attention(problem: CacheProblem) -> Found | None:
     s_aux = None if problem.s_aux is None else problem.s_aux.float()
     p = problem.pattern
     call = _Call(
-        *map(_at, (
+        *map(address, (
             q, k, v, out, lse, table, problem.batch_idx, lengths, problem.cu_seqlens_q,
             problem.leftpad, s_aux, slopes,
         )),
@@ -126,5 +126,6 @@ def attention(problem: CacheProblem) -> Found | None:
     return Found(out, lse, whole) if failed == -1 else None
 
 
-def _at(x: Tensor | None) -> int | None:
+def address(x: Tensor | None) -> int | None:
+    """Where the elements lie; None, which C++ reads as null, for no tensor."""
     return None if x is None else x.data_ptr()

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, Problem
+from . import prefill
 from .context import fused_forward
 from .one_query import LONG_KEYS, one_query
 
@@ -70,11 +71,15 @@ def plain(
         return None
     if k.dtype != dtype or v.dtype != dtype or not k_len:
         return None
+    if q_len > 1:
+        found = prefill.plain(q, k, v, scaling, causal=causal, window_left=window_left)
+        if found is not None:
+            return found
     hides = UNBOUNDED != window_left < k_len - 1
     if q_len == 1 and causal:
         if hides:
             k, v = k[:, :, k_len - 1 - window_left :], v[:, :, k_len - 1 - window_left :]
-        packed = q.reshape(batch, heads_kv, heads // heads_kv, dim)
+        packed = q if heads == heads_kv else q.reshape(batch, heads_kv, heads // heads_kv, dim)
         if batch == 1 and k.shape[2] >= LONG_KEYS:
             out, _ = one_query(packed, k, v, scaling, need_lse=False)
         else:

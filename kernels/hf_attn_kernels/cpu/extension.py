@@ -33,15 +33,33 @@ SWITCH = "HF_ATTN_CPU_EXTENSION"
 
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-fopenmp")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
-# how the name begins by which torch calls this processor's instructions -> flags; the first counts
-INSTRUCTIONS = {
-    "AVX512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    "AVX2": _AVX2,
-    "": (),  # what the compiler takes for granted
-}
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+DECODE, PREFILL = "hf_attn_decode", "hf_attn_prefill"  # its functions
 SAID_LINES = 8  # of a compiler that failed
 
 _left_out = False
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Flags for processors that torch calls something that begins with `capability`."""
+
+    capability: str
+    flags: tuple[str, ...]
+    holds: Callable[[], bool] = lambda: True  # what else the processor must have
+
+
+def _multiplies_bfloat16() -> bool:
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+# the first that fits counts; torch's name does not say whether pairs of bfloat16 are multiplied
+INSTRUCTIONS = (
+    Instructions("AVX512", (*_AVX512, "-mavx512bf16"), _multiplies_bfloat16),
+    Instructions("AVX512", _AVX512),
+    Instructions("AVX2", _AVX2),
+    Instructions("", ()),  # what the compiler takes for granted
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +74,9 @@ def flags() -> tuple[str, ...]:
     """The compiler's flags on this machine."""
     capability = torch.backends.cpu.get_cpu_capability()
     return next(
-        (*FLAGS, *more) for start, more in INSTRUCTIONS.items() if capability.startswith(start)
+        (*FLAGS, *row.flags)
+        for row in INSTRUCTIONS
+        if capability.startswith(row.capability) and row.holds()
     )
 
 
@@ -67,7 +87,7 @@ def location() -> Path:
     digest = hashlib.sha256(" ".join((*flags(), platform.machine())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return folder / "hf_attn_cpu" / f"decode_{digest.hexdigest()[:16]}.so"
+    return folder / "hf_attn_cpu" / f"attention_{digest.hexdigest()[:16]}.so"
 
 
 def build_cpu_extension() -> Path:
@@ -99,7 +119,8 @@ def _compile(target: Path) -> None:
     # built beside its place and then renamed: no process sees half a file, none waits for another
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         built = Path(folder) / target.name
-        command = [*compiler.split(), *flags(), str(SOURCES / "decode.cpp"), "-o", str(built)]
+        command = [*compiler.split(), *flags(), *map(str, sorted(SOURCES.glob("*.cpp")))]
+        command += ["-o", str(built)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
@@ -118,13 +139,13 @@ def _compile(target: Path) -> None:
         built.replace(target)
 
 
-def library() -> Callable[..., int] | None:
-    """The compiled function, or None where it is not to be used; looked for once.
+def library(name: str = DECODE) -> Callable[..., int] | None:
+    """A compiled function, or None where it is not to be used; looked for once.
 
     With ``HF_ATTN_CPU_EXTENSION=1`` it is built where it is missing. When that fails, one warning
     says why, and torch's operators do the work.
     """
-    return None if _left_out else _load()
+    return None if _left_out else _load().get(name)
 
 
 @contextmanager
@@ -144,23 +165,24 @@ def forget() -> None:
 
 
 @functools.cache
-def _load() -> Callable[..., int] | None:
+def _load() -> dict[str, Callable[..., int]]:
     switch = os.environ.get(SWITCH)
     if switch == "0":
-        return None
+        return {}
     try:
         path = location()
         if not path.exists():
             if switch != "1":
-                return None
+                return {}
             _compile(path)
-        found = ctypes.CDLL(str(path)).hf_attn_decode
+        found = ctypes.CDLL(str(path))
+        functions = {name: getattr(found, name) for name in (DECODE, PREFILL)}
     except (OSError, RuntimeError) as error:
         warnings.warn(f"{error}\nTorch's operators do its work.", stacklevel=2)
-        return None
-    found.argtypes, found.restype = [ctypes.c_void_p], ctypes.c_int64
-    run: Callable[..., int] = found
-    return run
+        return {}
+    for function in functions.values():
+        function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int64
+    return functions
 
 
 def status() -> Status:

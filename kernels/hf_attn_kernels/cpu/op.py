@@ -15,11 +15,9 @@ from torch import Tensor
 from ..invariant import batch_invariant
 from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
-from . import direct, run
+from . import direct, prefill, run
 from .choice import choose, traits_of
 from .context import sum_dtype
-from .tiling import Scoring
-from .work import dense_works, packed_works
 
 # arguments of the operators, in order: the tensors of a Problem, then the numbers of its Pattern
 _TENSORS = (
@@ -49,36 +47,14 @@ def _needs_grad(tensors: list[Tensor | None]) -> bool:
 
 def _forward(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     engine = choose(traits_of(problem)).engine
-    if engine == run.FLASH and not batch_invariant():
-        found = direct.attention(problem, need_lse=need_lse)
-        if found is not None:
-            return found
-    out, lse = run.forward(_call(problem), engine)
+    call = run.call_of(problem) if prefill.takes(problem.q.shape[-3]) else None
+    found = None if call is None else prefill.attention(call)
+    if found is None and engine == run.FLASH and not batch_invariant():
+        shortest = direct.attention(problem, need_lse=need_lse)
+        if shortest is not None:
+            return shortest
+    out, lse = found or run.forward(call or run.call_of(problem), engine)
     return (out[0], lse[0]) if problem.packed else (out, lse)
-
-
-def _call(problem: Problem) -> run.Call:
-    q, k, v = problem.q, problem.k, problem.v
-    if problem.packed:
-        assert problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None
-        works = packed_works(problem.cu_seqlens_q, problem.cu_seqlens_k, q.shape[0])
-        q, k, v = q[None], k[None], v[None]
-    else:
-        works = dense_works(q.shape[0], q.shape[1], k.shape[1], problem.key_padding_mask)
-    slopes = problem.alibi_slopes
-    return run.Call(
-        q=q,
-        k=k,
-        v=v,
-        works=works,
-        scoring=Scoring(
-            pattern=problem.pattern,
-            alibi_slopes=slopes if slopes is None or slopes.dim() == 2 else slopes[None],
-            bias=problem.bias,
-        ),
-        s_aux=problem.s_aux,
-        seed=0 if problem.dropout_seed is None else int(problem.dropout_seed),
-    )
 
 
 def _problem(tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> Problem:
@@ -142,7 +118,7 @@ def cpu_attention_grad(
     if problem.packed:
         out, lse, grad_out = out[None], lse[None], grad_out[None]
         grad_lse = None if grad_lse is None else grad_lse[None]
-    g = run.backward(_call(problem), rule.engine, out, lse, grad_out, grad_lse, bias_grad)
+    g = run.backward(run.call_of(problem), rule.engine, out, lse, grad_out, grad_lse, bias_grad)
     dq, dk, dv = (g.q[0], g.k[0], g.v[0]) if problem.packed else (g.q, g.k, g.v)
     nothing = q.new_empty(0)
     return (

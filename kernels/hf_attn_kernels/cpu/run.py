@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..problem import UNBOUNDED
+from ..problem import UNBOUNDED, Problem
 from . import flash, matmul
 from .context import Context, sum_dtype
 from .pages import Keys, PagedKeys
 from .tiling import Block, Scoring
-from .work import NO_SEQUENCE, Work
+from .work import NO_SEQUENCE, Work, dense_works, packed_works
 
 FLASH, MATMUL = "flash", "matmul"
 
@@ -41,6 +41,31 @@ class Gradients:
     v: Tensor
     s_aux: Tensor | None
     bias: Tensor | None
+
+
+def call_of(problem: Problem) -> Call:
+    """The call as a dense batch, cut into pieces."""
+    q, k, v = problem.q, problem.k, problem.v
+    if problem.packed:
+        assert problem.cu_seqlens_q is not None and problem.cu_seqlens_k is not None
+        works = packed_works(problem.cu_seqlens_q, problem.cu_seqlens_k, q.shape[0])
+        q, k, v = q[None], k[None], v[None]
+    else:
+        works = dense_works(q.shape[0], q.shape[1], k.shape[1], problem.key_padding_mask)
+    slopes = problem.alibi_slopes
+    return Call(
+        q=q,
+        k=k,
+        v=v,
+        works=works,
+        scoring=Scoring(
+            pattern=problem.pattern,
+            alibi_slopes=slopes if slopes is None or slopes.dim() == 2 else slopes[None],
+            bias=problem.bias,
+        ),
+        s_aux=problem.s_aux,
+        seed=0 if problem.dropout_seed is None else int(problem.dropout_seed),
+    )
 
 
 def forward(call: Call, engine: str, ctx: Context | None = None) -> tuple[Tensor, Tensor]:

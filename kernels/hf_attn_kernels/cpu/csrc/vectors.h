@@ -97,6 +97,23 @@ inline void store_one(Float16* p, float x) {
   p->bits = uint16_t(sign | half);
 }
 
+inline void store(Bfloat16* p, Floats x) {
+  const Ints bits = (Ints)x;
+  const Ints rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest even
+  const Halves halves = __builtin_convertvector(x == x ? rounded : Ints{} + 0x7fc0, Halves);
+  std::memcpy(p, &halves, sizeof halves);
+}
+
+inline void store(Float16* p, Floats x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__) && defined(__AVX2__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int lane = 0; lane < LANES; ++lane) store_one(p + lane, x[lane]);
+#endif
+}
+
 inline Four folded(Floats x) {
 #if defined(__AVX512F__)
   const __m512 wide = (__m512)x;
@@ -144,6 +161,34 @@ inline Floats exponential(Floats x) {
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   const Floats found = p * (Floats)power;
   return gone ? Floats{} : found;
+}
+
+// 2 to the x for x <= 0 or little above, within 2 units in the last place, and 1 for 0 to the bit;
+// 0 where that is too small for a float32. A minimax polynomial of the fraction.
+inline Floats power_of_two(Floats x) {
+#if defined(__AVX512F__)
+  const Floats y = (Floats)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);  // a NaN stays
+  const Floats n = (Floats)_mm512_roundscale_ps(
+      (__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Ints gone = x < -126.0f;
+  const Floats y = gone ? all(-126.0f) : x;
+  const Floats magic = all(0x1.8p23f);
+  const Floats n = (y + magic) - magic;
+#endif
+  const Floats r = y - n;
+  Floats p = all(1.32647273e-3f);
+  p = p * r + 9.67151299e-3f;
+  p = p * r + 5.55073358e-2f;
+  p = p * r + 2.40222424e-1f;
+  p = p * r + 6.93147004e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+  return gone ? Floats{} : p * (Floats)power;
+#endif
 }
 
 // Also from Cephes: near 0 by a polynomial, as 1 - 2 / (exp + 1) would lose digits there.
