@@ -6,7 +6,7 @@
 #   make audit     the pinned packages, held to the database of known vulnerabilities
 #   make check     format, lint, types, tables
 #   make docs      the site, with strict links
-#   make bench     CPU rows into results/
+#   make bench     CPU rows into results/: attention; make bench-model: a whole model
 #   make results   the tables of README.md and docs/ from results/*.csv
 #   make gpu SLICE=correctness   on a GPU machine
 
@@ -26,7 +26,7 @@ WORKERS ?= 2
 # what touches names that differ between releases of transformers
 OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers hub_kernel))
 
-.PHONY: setup demo test test-newest test-oldest theirs coverage audit docs bench results gpu wheel clean
+.PHONY: setup demo test test-newest test-oldest theirs coverage audit docs bench bench-model results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
@@ -116,6 +116,11 @@ docs: $(DOCS)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN) scripts/bench_attention.py --out results/attention_cpu.csv $(ARGS)
+
+# up to ten minutes for a dtype; what was not reached is measured when it is started again
+bench-model: $(VENV)/.ready
+	$(BIN) scripts/fetch_checkpoint.py smollm2 .cache/smollm2-135m
+	for dtype in float32 bfloat16; do $(BIN) scripts/bench_model.py .cache/smollm2-135m --dtype $$dtype --out results/model_cpu.csv $(ARGS) || exit 1; done
 
 results: $(VENV)/.ready
 	$(BIN) scripts/result_tables.py

@@ -2,15 +2,40 @@
 
 Nothing heavy is imported until a door is used. So the implementations can be registered at the very
 moment transformers' modelling code is imported, also when this package itself is what imports it.
-What every decode step calls imports by full names: to find a relative one takes twice as long.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from .swa_settings import SwaSettings
+
+
+class _Behind(NamedTuple):
+    """What the doors lead to."""
+
+    attend: Callable[..., tuple[Tensor, None]]
+    answer: Callable[..., Tensor | None]
+    own_windows: SwaSettings
+
+
+# Kept once a door was used: every layer of every step passes here, and to look for a module would
+# take it a tenth of a small step's attention.
+_behind: _Behind | None = None
+
+
+def _open() -> _Behind:
+    global _behind
+    from .forward import attend
+    from .masks import answer
+    from .swa_settings import OWN_WINDOWS
+
+    _behind = _Behind(attend, answer, OWN_WINDOWS)
+    return _behind
 
 
 def fa2_forward(
@@ -25,10 +50,10 @@ def fa2_forward(
 
     Arguments as transformers documents them for its attention interface.
     """
-    from hf_attn_patch.forward import attend
-    from hf_attn_patch.swa_settings import OWN_WINDOWS
-
-    return attend("triton_fa2", OWN_WINDOWS, module, query, key, value, attention_mask, **kwargs)
+    behind = _behind or _open()
+    return behind.attend(
+        "triton_fa2", behind.own_windows, module, query, key, value, attention_mask, **kwargs
+    )
 
 
 def paged_forward(
@@ -41,15 +66,15 @@ def paged_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``triton_paged_flash2``: as ``triton_fa2``, and continuous batching where a `cache` comes."""
-    from hf_attn_patch.forward import attend
-    from hf_attn_patch.swa_settings import OWN_WINDOWS
-
     if cache is not None:
         from .continuous import attend_pages
 
         return attend_pages(module, query, key, value, cache, **kwargs), None
+    behind = _behind or _open()
     name = "triton_paged_flash2"
-    return attend(name, OWN_WINDOWS, module, query, key, value, attention_mask, **kwargs)
+    return behind.attend(
+        name, behind.own_windows, module, query, key, value, attention_mask, **kwargs
+    )
 
 
 def swa_forward(
@@ -65,11 +90,13 @@ def swa_forward(
     Raises:
         ValueError: neither configure_swa nor the model's config gives a window.
     """
-    from .forward import attend
     from .swa_settings import required
 
+    behind = _behind or _open()
     settings = required(getattr(module, "config", None))
-    return attend("triton_swa", settings, module, query, key, value, attention_mask, **kwargs)
+    return behind.attend(
+        "triton_swa", settings, module, query, key, value, attention_mask, **kwargs
+    )
 
 
 def mla_forward(
@@ -93,36 +120,34 @@ def mla_forward(
 
 def fa2_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_fa2``: arguments as transformers' ``sdpa_mask``, answer in compact form."""
-    from hf_attn_patch.masks import answer
-    from hf_attn_patch.swa_settings import OWN_WINDOWS
-
-    return answer("triton_fa2", OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
+    behind = _behind or _open()
+    return behind.answer(
+        "triton_fa2", behind.own_windows, batch_size, q_length, kv_length, **kwargs
+    )
 
 
 def paged_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_paged_flash2``: as for ``triton_fa2``; continuous batching reads none."""
-    from hf_attn_patch.masks import answer
-    from hf_attn_patch.swa_settings import OWN_WINDOWS
-
+    behind = _behind or _open()
     name = "triton_paged_flash2"
-    return answer(name, OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
+    return behind.answer(name, behind.own_windows, batch_size, q_length, kv_length, **kwargs)
 
 
 def mla_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_mla``: as for ``triton_fa2``."""
-    from .masks import answer
-    from .swa_settings import OWN_WINDOWS
-
-    return answer("triton_mla", OWN_WINDOWS, batch_size, q_length, kv_length, **kwargs)
+    behind = _behind or _open()
+    return behind.answer(
+        "triton_mla", behind.own_windows, batch_size, q_length, kv_length, **kwargs
+    )
 
 
 def swa_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_swa``: the same, narrowed to the configured window and sinks."""
-    from .masks import answer
     from .swa_settings import required
 
+    behind = _behind or _open()
     settings = required(kwargs.get("config"))
-    return answer("triton_swa", settings, batch_size, q_length, kv_length, **kwargs)
+    return behind.answer("triton_swa", settings, batch_size, q_length, kv_length, **kwargs)
 
 
 def interfaces() -> tuple[tuple[str, dict[str, Any]], ...]:

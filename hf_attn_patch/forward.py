@@ -84,7 +84,9 @@ def attend(
             "which it does not read; use attn_implementation='triton_paged_flash2'"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    window = settings.narrow(sliding_window) if causal else sliding_window
+    window = sliding_window
+    if causal and settings.window is not None:
+        window = settings.narrow(sliding_window)
     # a small model's decode step is over before the call is described
     if (
         attention_mask is s_aux is position_bias is cu_seq_lens_q is cu_seq_lens_k is None

@@ -68,17 +68,16 @@ def refusal(
 
 
 def refuse_config(config: Any, name: str) -> None:
-    """The same for a config alone: a model whose implementation was changed after it was built."""
-    from hf_attn_patch import compat
-    from hf_attn_patch.models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
+    """Raises for a config whose model never calls the attention function: a model whose
+    implementation was changed after it was built."""
+    from .models import DEFAULT_INSTEAD, INSTEAD
 
     model_type = getattr(config, "model_type", "")
-    if model_type not in ADAPTERS and not compat.traits(config).interface:
-        raise ValueError(
-            f"a model of type {model_type!r} cannot use attn_implementation={name!r}: its code "
-            "never calls the attention function. Instead: "
-            f"{INSTEAD.get(model_type, DEFAULT_INSTEAD)}."
-        )
+    raise ValueError(
+        f"a model of type {model_type!r} cannot use attn_implementation={name!r}: its code "
+        "never calls the attention function. Instead: "
+        f"{INSTEAD.get(model_type, DEFAULT_INSTEAD)}."
+    )
 
 
 def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

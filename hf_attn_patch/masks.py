@@ -37,7 +37,10 @@ def answer(
         ValueError: the config is of a model that does not call the attention function.
     """
     request = _request(batch_size, q_length, kv_length, kwargs)
-    guard.refuse_config(request.config, name)
+    config = request.config
+    # in this order: to read a field of a config takes longer than to know its class
+    if not compat.traits(config).interface and getattr(config, "model_type", "") not in ADAPTERS:
+        guard.refuse_config(config, name)
     return build(request, settings)
 
 
@@ -153,9 +156,8 @@ def _padding(r: MaskRequest, start: int, length: int) -> Tensor | None:
     if r.attention_mask is None:
         return None
     mask = r.attention_mask
-    if not (start and mask.shape[1] == length):  # else it is our own answer, cropped before
+    if mask.shape[1] != length:  # else it is whole, or our own answer, cropped before
         mask = mask[:, start : start + length]
-    if mask.shape[1] < length:
         mask = torch.nn.functional.pad(mask, (0, length - mask.shape[1]))
     # looking waits for a GPU: worth it once per prompt, not at every step
     may_look = mask.device.type == "cpu" or r.q_length > 1

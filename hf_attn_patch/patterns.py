@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,10 @@ class Pattern:
     packed: Tensor | None = None  # [B, Q], a number for each token's sequence
 
 
-@dataclass(frozen=True, kw_only=True)
-class MaskRequest:
+CAUSAL = Pattern(causal=True)
+
+
+class MaskRequest(NamedTuple):  # one a step: a frozen dataclass takes three times as long to make
     """What transformers says when it asks for a mask; names and meanings are its own.
 
     Query i stands at position ``q_offset + i``, key j at ``kv_offset + j``. ``attention_mask`` is
@@ -32,9 +34,9 @@ class MaskRequest:
     batch_size: int
     q_length: int
     kv_length: int
+    mask_function: compat.IndexMask
     q_offset: int | Tensor = 0
     kv_offset: int = 0
-    mask_function: compat.IndexMask
     attention_mask: Tensor | None = None
     causal_skip: bool = True
     bidirectional_skip: bool | None = None
@@ -56,7 +58,7 @@ def read_pattern(request: MaskRequest) -> Pattern | None:
 def _from_function(function: compat.IndexMask) -> Pattern | None:
     leaf, cells = compat.mask_leaf(function)
     if leaf == "causal":
-        return Pattern(causal=True)
+        return CAUSAL
     if leaf == "bidirectional":
         return Pattern(causal=False)
     if leaf == "and":

@@ -4,7 +4,8 @@
     python scripts/result_tables.py --check    # exit 1 if a file is stale
 
 A table stands between `<!-- table:NAME -->` and `<!-- /table:NAME -->`, in one file only. What has
-no CSV yet is shown as not measured yet.
+no CSV yet is shown as not measured yet. An attention row that is slower than PyTorch's best way
+without a reason stops either (tables/slower.py).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from tables.compiled import aot_table, sass_table
 from tables.conversion import convert_table, gqa_table, latents_table
 from tables.implementations import implementations_table
 from tables.models import generate_table, heads_table
+from tables.slower import slower_table
+from tables.whole import model_table, short_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[str, Callable[[Path], str]] = {
@@ -31,6 +34,10 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "gpu-forward": gpu_table("forward"),
     "gpu-backward": gpu_table("backward"),
     "gpu-decode": gpu_table("decode"),
+    "slower": slower_table,
+    "model": model_table("prefill", "decode"),
+    "training": model_table("training"),
+    "short": short_table,
     "generate": generate_table,
     "heads": heads_table,
     "convert-smollm2": convert_table("smollm2"),

@@ -7,7 +7,8 @@ loop asks of the tensor cores, of memory, of the issue slots and of every pipe, 
 multiprocessor. What a kernel is for is its products (of decoding: the bytes of the cache). If
 nothing else ran meanwhile, they would go on at the share `serial` of their peak; if all ran side
 by side, at `overlapped`. The truth lies between: nearer to the first where one block fills a
-multiprocessor and waits for its own products.
+multiprocessor and waits for its own products, nearer to the second where several blocks fit, each
+of which works while others wait.
 
 Rates: CUDA C++ programming guide, arithmetic throughput of compute capability 9.0; the matrix and
 copy rates are those in `Machine`. Needs Triton, no GPU.
@@ -20,16 +21,21 @@ import csv
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 ARCH = "sm_90"
 LANES = 32  # threads of a warp
 CASES = (
     "forward bf16-D64-causal", "forward bf16-D64-full", "forward bf16-D128-causal",
     "forward bf16-D128-full", "forward bf16-D256-causal", "forward bf16-D128-window",
-    "dq bf16-D64-causal", "dq bf16-D128-causal", "dkdv bf16-D64-causal", "dkdv bf16-D128-causal",
+    "forward bf16-D64-causal-pointers", "forward bf16-D128-causal-pointers",
+    "dq bf16-D64-causal", "dq bf16-D128-causal", "dq bf16-D256-causal",
+    "dkdv bf16-D64-causal", "dkdv bf16-D128-causal", "dkdv bf16-D256-causal",
+    "dq bf16-D128-causal-pointers", "dkdv bf16-D128-causal-pointers",
+    "joint bf16-D64-causal", "joint bf16-D128-causal",
     "decode bf16-D128-Q1-page0", "decode bf16-D128-Q1-page16", "decode bf16-D128-Q1-page64",
     "decode bf16-D128-float8-Q1-page16", "decode bf16-D128-Q16-page16",
     "mla bf16-R512-P64-H16-page64", "mla bf16-R512-P64-H128-page64",
@@ -74,6 +80,7 @@ ISSUE = 128  # lanes: four schedulers, one instruction each
 WARP_PRODUCT = re.compile(r"HMMA\.(16)(8)(\d+)\.")
 GROUP_PRODUCT = re.compile(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)\.")
 LOADS = ("LDG", "LDGSTS")
+COPY_ENGINE = "UTMALDG.4D"  # tiles; 3-D ones bring a number for each row
 BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}  # of a thread; 4 without
 
 
@@ -142,15 +149,19 @@ def flops(body: Sequence[Instruction], num_warps: int) -> float:
     return total
 
 
-def loaded(body: Sequence[Instruction], num_warps: int) -> int:
-    """Bytes that a block asks of memory in one pass, if no load is masked."""
+def loaded(body: Sequence[Instruction], num_warps: int, tile_bytes: int = 0) -> int:
+    """Bytes that a block asks of memory in one pass, if no load is masked.
+
+    The copy engine's instructions do not say how much they bring: `tile_bytes` each.
+    """
+    tiles = sum(i.opcode.startswith(COPY_ENGINE) for i in body)
     loads = (i.opcode.split(".") for i in body)
     sizes = (
         next((BYTES[part] for part in parts if part in BYTES), 4)
         for parts in loads
         if parts[0] in LOADS
     )
-    return sum(sizes) * LANES * num_warps
+    return sum(sizes) * LANES * num_warps + tiles * tile_bytes
 
 
 def hot_loop(code: Sequence[Instruction], num_warps: int) -> Sequence[Instruction]:
@@ -163,7 +174,7 @@ def hot_loop(code: Sequence[Instruction], num_warps: int) -> Sequence[Instructio
 
 
 def model(
-    body: Sequence[Instruction], num_warps: int, machine: Machine, useful: str
+    body: Sequence[Instruction], num_warps: int, machine: Machine, useful: str, tile_bytes: int = 0
 ) -> tuple[dict[str, float], float, float, str]:
     """Cycles by unit, the shares `serial` and `overlapped` of `useful`, and the unit that binds."""
     counts = Counter(
@@ -173,7 +184,7 @@ def model(
     cycles: dict[str, float] = {p.name: counts[p.name] * threads / p.per_cycle for p in PIPES}
     cycles["issue"] = len(body) * threads / ISSUE
     cycles["matrix"] = flops(body, num_warps) / machine.matrix_flops
-    copy = loaded(body, num_warps) / machine.copy_bytes
+    copy = loaded(body, num_warps, tile_bytes) / machine.copy_bytes
     if useful == "copy":
         cycles["copy"] = copy
     rest = max(count for unit, count in cycles.items() if unit != useful)
@@ -187,6 +198,12 @@ def blocks_at_once(registers: int, shared: int, num_warps: int) -> int:
     by_registers = 65536 // (-(-registers // 8) * 8 * num_warps * LANES)
     by_shared = 233472 // (shared + 1024)
     return min(by_registers, by_shared, 64 // num_warps)
+
+
+def streamed_bytes(kernel: str, constexprs: Mapping[str, Any]) -> int:
+    """Of a tile that a pass through the hot loop brings: keys for queries, queries for keys."""
+    rows = constexprs.get("BLOCK_N" if kernel in ("forward", "dq") else "BLOCK_M", 0)
+    return int(rows * constexprs.get("BLOCK_D", 0) * 2)  # 16-bit numbers
 
 
 def rows(names: Sequence[str]) -> Iterator[Row]:
@@ -203,14 +220,16 @@ def rows(names: Sequence[str]) -> Iterator[Row]:
         body = hot_loop(parse(cuobjdump(built.asm["cubin"], "-sass")), case.num_warps)
         usage = cuobjdump(built.asm["cubin"], "--dump-resource-usage")
         registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+        tile_bytes = streamed_bytes(case.kernel, case.constexprs)
         cycles, serial, overlapped, binds = model(
-            body, case.num_warps, Machine(), "copy" if case.kernel in BY_BYTES else "matrix"
-        )
+            body, case.num_warps, Machine(), "copy" if case.kernel in BY_BYTES else "matrix",
+            tile_bytes,
+        )  # fmt: skip
         yield Row(
             kernel=case.kernel, name=case.name, num_warps=case.num_warps,
             blocks=blocks_at_once(registers, built.metadata.shared, case.num_warps),
             instructions=len(body), kflops=flops(body, case.num_warps) / 1e3,
-            kbytes=loaded(body, case.num_warps) / 1e3,
+            kbytes=loaded(body, case.num_warps, tile_bytes) / 1e3,
             serial=round(serial, 3), overlapped=round(overlapped, 3), binds=binds,
             **{unit: round(count, 1) for unit, count in cycles.items()},
         )  # fmt: skip

@@ -34,10 +34,11 @@ SOURCE_ROOTS = (ROOT, ROOT / "kernels", ROOT / "converters")
 
 def pytest_configure(config: pytest.Config) -> None:
     from fence import put_up_fence
-    from interpreter import fix_bf16_dot, interpreting
+    from interpreter import add_descriptor_sums, fix_bf16_dot, interpreting
 
     if interpreting() and importlib.util.find_spec("triton") is not None:
         fix_bf16_dot()
+        add_descriptor_sums()
         put_up_fence()
 
 

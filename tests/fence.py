@@ -38,7 +38,7 @@ class Fence:
         """Raises IndexError unless all addresses that `mask` lets through lie inside."""
         addresses = np.atleast_1d(pointers.data)
         if mask is not None:
-            addresses = addresses[np.broadcast_to(mask.astype(bool), addresses.shape)]
+            addresses = addresses[np.broadcast_to(np.asarray(mask, dtype=bool), addresses.shape)]
         addresses = addresses.reshape(-1).astype(np.uint64)
         self.checked += len(addresses)
         size = pointers.get_element_ty().primitive_bitwidth // 8
@@ -62,6 +62,8 @@ def _spans(value: Any) -> Iterator[tuple[int, int]]:
             steps = zip(value.shape, value.stride(), strict=True)
             last = sum((size - 1) * step for size, step in steps)
             yield value.data_ptr(), value.data_ptr() + (last + 1) * value.element_size()
+    elif hasattr(value, "block_shape"):  # a tensor descriptor
+        yield from _spans(value.base)
     elif isinstance(value, dict):
         for part in value.values():
             yield from _spans(part)
@@ -87,9 +89,9 @@ def put_up_fence() -> None:
         FENCE.around(found)
         return found
 
-    def fenced_load(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+    def fenced_load(self: Any, pointers: Any, mask: Any, *rest: Any, **options: Any) -> Any:
         FENCE.check("load", pointers, mask.data)
-        return load(self, pointers, mask, *rest)
+        return load(self, pointers, mask, *rest, **options)
 
     def fenced_store(self: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
         FENCE.check("store", pointers, mask.data)

@@ -1,5 +1,7 @@
 """Triton's interpreter for tests without a GPU, with its bf16 matrix product put right.
 
+It also gets the addition of a whole tile through a descriptor, which it lacks.
+
 The interpreter keeps bf16 values as their raw uint16 bits and `tl.dot` multiplies those bits as if
 they were numbers: silently wrong (triton issue 11585). Widening both operands to float32, which
 holds every bf16 exactly, before the product gives what the hardware computes.
@@ -37,3 +39,23 @@ def fix_bf16_dot() -> None:
 
     widened_dot.widens_bf16 = True  # type: ignore[attr-defined]
     interpreter.InterpreterBuilder.create_dot = widened_dot
+
+
+def add_descriptor_sums() -> None:
+    """Give the interpreter `descriptor.atomic_add`, unless it has it."""
+    import numpy as np
+    import triton.language as tl
+    from triton._C.libtriton import ir
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter.InterpreterBuilder, "create_descriptor_reduce"):
+        return
+
+    def create_descriptor_reduce(self: Any, kind: Any, desc: Any, value: Any, at: Any) -> Any:
+        assert kind == ir.DESCRIPTOR_REDUCE_KIND.ADD
+        pointers, inside = desc.materialize_pointers(at)
+        mask = interpreter.TensorHandle(np.ascontiguousarray(inside), tl.int1)
+        relaxed, gpu = ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU
+        return self.create_atomic_rmw(ir.ATOMIC_OP.FADD, pointers, value, mask, relaxed, gpu)
+
+    interpreter.InterpreterBuilder.create_descriptor_reduce = create_descriptor_reduce

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from conftest import poisoned
 from torch import Tensor
 
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
@@ -148,6 +149,14 @@ def make_data(
         )
         cu = (starts_q, starts_k)
     return Data(placed["q"], placed["k"], placed["v"], options, leaves, cu)
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """`tensor` amid NaN, 8 columns and one row of each other dimension away from all else."""
+    block = poisoned(tensor.new_empty([*(n + 2 for n in tensor.shape[:-1]), tensor.shape[-1] + 16]))
+    inside = block[(*(slice(1, -1) for _ in tensor.shape[:-1]), slice(8, -8))]
+    inside.copy_(tensor.detach())
+    return inside.requires_grad_(tensor.requires_grad)
 
 
 def run_kernel(data: Data, **changes: Any) -> tuple[Tensor, Tensor]:

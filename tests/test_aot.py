@@ -16,7 +16,19 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = ("forward", "dq", "dkdv", "delta", "bias_grad", "decode", "reduce", "append", "mla")
+KERNELS = (
+    "forward",
+    "hopper",
+    "dq",
+    "dkdv",
+    "joint",
+    "delta",
+    "bias_grad",
+    "decode",
+    "reduce",
+    "append",
+    "mla",
+)
 
 
 def report(*args: str, code: int = 0) -> list[dict[str, str]]:
@@ -69,6 +81,17 @@ def test_prefill_tiles_use_the_chips_own_matrix_instructions() -> None:
     assert int(row["matrix"]) > 0 and int(row["registers"]) > 0 and row["tma"] == "0"
 
 
+@pytest.mark.slow
+def test_two_blocks_share_a_multiprocessor() -> None:
+    """What the tiles of sm_90 were chosen for: tiles by the copy engine, and room for a second."""
+    (row,) = report("--arch", "sm_90", "--only", "forward bf16-D128-full")[:1]
+    assert int(row["tma"]) > 0 and int(row["matrix"]) > 0
+    assert int(row["registers"]) <= 65536 // (2 * 8 * 32)
+    assert 2 * (int(row["shared"]) + 1024) <= 233472
+    (row,) = report("--arch", "sm_90", "--only", "forward bf16-D128-full-pointers")
+    assert row["tma"] == "0"
+
+
 def test_nothing_to_compile_is_a_failure() -> None:
     assert report("--arch", "sm_90", "--only", "no such kernel", code=1) == []
 
@@ -77,19 +100,21 @@ def test_nothing_to_compile_is_a_failure() -> None:
 
 SPECIALISE = """
 import torch, triton
+from triton.tools.tensor_descriptor import TensorDescriptor
 from hf_attn_kernels.triton.aot import case_from_arguments, compile_case
 
 @triton.jit(do_not_specialize=["free"])
-def kernel(x, absent, one, sixteen, seven, free, big, factor, B: triton.language.constexpr):
+def kernel(x, absent, one, sixteen, seven, free, big, factor, tile, B: triton.language.constexpr):
     pass
 
 case = case_from_arguments(
     kernel="k", name="n", fn=kernel, num_warps=4, num_stages=1,
     arguments=dict(x=torch.empty(4, dtype=torch.bfloat16, device="meta"), absent=None, one=1,
-                   sixteen=48, seven=7, free=1, big=2**40, factor=1.0, B=64),
+                   sixteen=48, seven=7, free=1, big=2**40, factor=1.0, B=64,
+                   tile=TensorDescriptor.from_tensor(torch.empty(64, 32, device="meta"), [16, 32])),
 )
 assert case.signature == dict(x="*bf16", sixteen="i32", seven="i32", free="i32", big="i64",
-                              factor="fp32"), case.signature
+                              factor="fp32", tile="tensordesc<fp32[16, 32]>"), case.signature
 assert case.constexprs == dict(absent=None, one=1, B=64), case.constexprs
 assert case.divisible == {"x", "sixteen", "big"}, case.divisible
 for arguments, message in ((dict(x=1), "missing"), (dict.fromkeys("abc"), "unknown")):

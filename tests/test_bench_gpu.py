@@ -39,6 +39,44 @@ def test_contenders_agree_with_the_oracle(shape):
         assert budget.kept, budget
 
 
+def test_the_ways_of_ours_are_what_they_are_called():
+    pytest.importorskip("triton")
+    from hf_attn_kernels.triton.choice import ruled_out
+
+    ways = gpu.CONTENDERS["backward"]
+    assert {name for name in ways if name.startswith(f"{rows.OURS}:")} == {
+        f"{rows.OURS}:{way}" for way in ("pointers", "head-by-head", "nondeterministic")
+    }
+    with ways[f"{rows.OURS}:pointers"].around():
+        assert ruled_out("descriptors") and ruled_out("gluon") and not ruled_out("heavy_first")
+    with ways[f"{rows.OURS}:head-by-head"].around():
+        assert ruled_out("heavy_first") and not ruled_out("descriptors")
+    assert not ruled_out("descriptors") and ways[rows.OURS].deterministic
+    assert not ways[f"{rows.OURS}:nondeterministic"].deterministic
+
+
+def test_a_way_lasts_into_the_backward(monkeypatch):
+    """What a contender rules out must still be so when its gradient is timed."""
+    pytest.importorskip("triton")
+    from hf_attn_kernels.triton.choice import ruled_out
+
+    shape, seen = replace(SMALL, pass_="backward"), []
+    grad = torch.autograd.grad
+
+    def watched(*args, **kwargs):
+        seen.append(ruled_out("descriptors"))
+        return grad(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    env = rows.environment()
+    for name, want in ((f"{rows.OURS}:pointers", True), (rows.OURS, False)):
+        field = {name: gpu.CONTENDERS["backward"][name]}
+        before = len(seen)
+        measured = gpu.measure(shape, env, CPU, gpu.Report(), contenders=field, rounds=2)
+        assert [row.impl for row in measured] == [name]
+        assert seen[-1] is want and len(seen) > before + 2
+
+
 def test_packed_decode_agrees_and_refuses_what_it_cannot_do():
     shape = replace(SMALL, pass_="decode", seq_q=1)
     q, k, v = shape.inputs(CPU)

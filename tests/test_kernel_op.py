@@ -183,12 +183,32 @@ def test_devices_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     ((10, 0), "sm_100"), ((12, 0), "sm_89"),
 ])  # fmt: skip
 def test_every_capability_has_tiles(capability: tuple[int, int], chip: str) -> None:
-    from hf_attn_kernels.triton.config import KERNELS, chip_of_capability, tiles
+    from hf_attn_kernels.triton.config import JOINT_HEAD_DIM, KERNELS, chip_of_capability, tiles
 
     assert chip_of_capability(*capability) == chip
     for kernel in KERNELS:
-        for itemsize in (2, 4):
-            assert tiles(kernel, chip, itemsize, 256).num_warps in (4, 8)
+        head_dim = JOINT_HEAD_DIM if kernel == "joint" else 256
+        for itemsize, tma in ((2, False), (2, True), (4, False)):
+            assert tiles(kernel, chip, itemsize, head_dim, tma=tma).num_warps in (4, 8)
+
+
+def test_the_rows_of_special_calls() -> None:
+    """A row of its own for each kind of call where there is one, else the nearest."""
+    from hf_attn_kernels.triton.config import TABLE, tiles
+
+    row = TABLE["sm_90"]
+
+    def first(kernel: str, **how: Any) -> object:
+        return tiles(kernel, "sm_90", 2, 64, **how)
+
+    assert first("forward", tma=True) == row["forward tma"][2][0]
+    assert first("forward", tma=True, kind="window") == row["forward tma window"][2][0]
+    assert first("forward", tma=True, kind="heavy") == row["forward tma heavy"][2][0]
+    assert first("forward", kind="window") == row["forward heavy"][2][0]
+    assert first("dq", tma=True, kind="heavy") == row["dq tma"][2][0]
+    assert first("bias_grad", tma=True, kind="heavy") == row["bias_grad"][2][0]
+    assert tiles("forward", "sm_90", 4, 64, tma=True, kind="heavy") == row["forward"][4][0]
+    assert tiles("forward", "sm_80", 2, 64, tma=True) == TABLE["sm_80"]["forward"][2][0]
 
 
 def test_tiles_refuse_what_they_cannot_hold() -> None:

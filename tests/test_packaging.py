@@ -115,6 +115,7 @@ RULES = (
         never=frozenset({"triton"}),
         lazily=frozenset({"hf_attn_converters"}),
     ),
+    ImportRule(part="hf_attn_patch/bench/fa1.py", only=frozenset({"torch", "triton"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
     ImportRule(part="scripts", lazily=frozenset({"triton", "transformers"})),
 )

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 import pytest
 import result_tables as tool
-from tables import attention, compiled, conversion, implementations, models
+from tables import attention, compiled, conversion, implementations, models, slower, whole
 
 from hf_attn_patch.bench import rows
 from hf_attn_patch.registry import Capabilities
@@ -167,3 +167,75 @@ def test_models_and_trainings_are_shown_as_measured(tmp_path):
         ["| source's", "none (control)"], ["| 4", "mean"], ["| 1", "mean"], ["| 1", "csvd"]
     ]  # fmt: skip
     assert lines[3] == "| 1 | csvd | – | 12.3 (0.062) | – | – | – |"
+
+
+def test_a_slower_row_needs_a_reason(tmp_path, project, capsys):
+    """10% behind by median and by p20; pages are not measured against a cache without pages."""
+    behind = [row(rows.OURS, 111.0), row("sdpa", 100.0), row("eager", 300.0)]
+    even = {"seq_k": 512, "seq_q": 512}
+    fine = [row(rows.OURS, 109.0, **even), row("sdpa", 100.0, **even)]
+    pages = {"pass_": "decode", "seq_q": 1, "extra": "page=16"}
+    fine += [row(rows.OURS, 40.0, **pages), row("contiguous_cache", 20.0, **pages)]
+    fine += [row("gather", 50.0, **pages)]
+    rows.append_rows(tmp_path / attention.CPU_CSV, fine)
+    assert "No row takes more than 1.10 ×" in slower.slower_table(tmp_path)
+    rows.append_rows(tmp_path / attention.CPU_CSV, behind)
+    with pytest.raises(ValueError, match=r"4096.* bf16, on chip: 1\.11 × sdpa's time"):
+        slower.slower_table(tmp_path)
+    assert tool.main([*arguments(project), "--check"]) == 1  # what `make check` runs
+    assert "without a reason" in capsys.readouterr().err
+    other = slower.Reason(impl=rows.OURS, dtype="fp32", why="rounding")
+    meant = slower.Reason(impl=rows.OURS, dtype="bf16", sizes="4096", why="because")
+    with pytest.raises(ValueError, match="without a reason"):
+        slower.slower_table(tmp_path, [other])
+    table = slower.slower_table(tmp_path, [other, meant])
+    assert "| `hf_attn_patch` | 1.11 × sdpa's time | because |" in table and "512" not in table
+
+
+def test_one_busy_moment_is_no_finding(tmp_path):
+    busy = rows.Timing(p20_ms=95.0, p50_ms=130.0, p80_ms=300.0)
+    measured = [row(rows.OURS, 1.0, timing=busy), row("sdpa", 100.0)]
+    rows.append_rows(tmp_path / attention.CPU_CSV, measured)
+    assert "No row" in slower.slower_table(tmp_path)
+
+
+def test_whole_models_stand_beside_sdpa(tmp_path):
+    from hf_attn_patch.bench.model import COLUMNS
+
+    common = {
+        "model": "m", "dtype": "float32", "batch": 8, "context": 2048, "checkpointing": 0,
+        "phase": "decode", "device": "chip", "threads": 1, "torch": "2", "triton": "3",
+        "transformers": "5", "date": "2026-01-01", "peak_bytes": 3 << 20,
+    }  # fmt: skip
+    measured = [
+        {"impl": "triton_fa2", "p50_ms": 4, "tokens_s": 2000},
+        {"impl": "sdpa", "p50_ms": 99, "tokens_s": 80},
+        {"impl": "sdpa", "p50_ms": 10, "tokens_s": 800},  # later, so it counts
+        {"impl": "eager", "why_not": "does not fit"},
+        {"impl": "sdpa", "p50_ms": 1500, "phase": "training", "checkpointing": 1},
+        {"impl": "sdpa", "p50_ms": 7, "device": "another", "phase": "prefill"},
+    ]
+    rows.append_table(tmp_path / "model_cpu.csv", COLUMNS, [common | row for row in measured])
+    text = whole.model_table("prefill", "decode")(tmp_path)
+    assert "| work | tokens | `sdpa` | `triton_fa2` | `eager` |" in text
+    line = (
+        "| decode | 8 × 2,048 | 800 tokens/s, 3 MiB | 2000 tokens/s, 2.50×, 3 MiB | does not fit |"
+    )
+    assert line in text and text.count("on another, 1 thread") == 1
+    training = whole.model_table("training")(tmp_path)
+    assert "| training, checkpointing | 8 × 2,048 | 1500 ms, 3 MiB |" in training
+
+
+def test_short_prompts_are_ratios_of_sdpas_time(tmp_path):
+    from hf_attn_patch.bench.short import COLUMNS
+
+    common = {
+        "model": "m", "dtype": "float32", "prompt_tokens": 16, "new_tokens": 32, "device": "chip",
+        "threads": 1, "torch": "2", "triton": "3", "transformers": "5", "date": "2026-01-01",
+    }  # fmt: skip
+    measured = [
+        {"impl": "sdpa", "p50_ms": 100, "of_sdpa_time": 1},
+        {"impl": "triton_fa2", "p50_ms": 101, "of_sdpa_time": 1.0125},
+    ]
+    rows.append_table(tmp_path / whole.SHORT_CSV, COLUMNS, [common | row for row in measured])
+    assert "| m | float32 | 16 + 32 | 100 ms | 1.012 |" in whole.short_table(tmp_path)

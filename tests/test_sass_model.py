@@ -52,6 +52,8 @@ def test_counts_of_a_block() -> None:
     assert flops(body, 8) == 2 * (2 * 64 * 64 * 16)  # two warpgroups
     assert flops(parse("        /*0000*/  HMMA.16816.F32.BF16 R4, R4, R8, R12 ;"), 4) == 16384
     assert loaded(body, 8) == (16 + 1) * 256
+    tile = parse("        /*0000*/  UTMALDG.4D [UR8], [UR4], desc[UR6] ;")
+    assert loaded(tile, 8, 16384) == 16384  # of the block, not of each thread
     cycles, serial, overlapped, binds = model(body, 8, Machine(), "matrix")
     assert cycles["exp2"] == 256 / 16 and cycles["issue"] == 5 * 256 / 128
     assert cycles["matrix"] == 2 * (2 * 64 * 64 * 16) / 4096

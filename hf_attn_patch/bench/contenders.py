@@ -8,7 +8,8 @@ says so. Legend: B batch, S tokens, H heads, D head size, G query heads per KV h
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,13 +109,37 @@ class Shape:
 Attention = Callable[[Tensor, Tensor, Tensor, Shape], Tensor]
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """This package's `flash_attn_func`."""
-    from hf_attn_kernels import flash_attn_func
+@dataclass(frozen=True)
+class Ours:
+    """This package's `flash_attn_func`, by some of its Triton kernels' ways and not by others."""
 
-    out = flash_attn_func(q, k, v, causal=shape.causal, window_size=shape.window_size)
-    assert isinstance(out, Tensor)  # a tuple only when the LSE is asked for
-    return out
+    asked_for: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    deterministic: bool = True
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+        from hf_attn_kernels import flash_attn_func
+
+        out = flash_attn_func(
+            q, k, v, causal=shape.causal, window_size=shape.window_size,
+            deterministic=self.deterministic,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)  # a tuple only when the LSE is asked for
+        return out
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """What says so; the backward, which runs later, needs it too."""
+        if not self.without and not self.asked_for:
+            yield
+            return
+        from hf_attn_kernels.triton.choice import asked_for, without
+
+        with asked_for(*self.asked_for), without(*self.without):
+            yield
+
+
+ours = Ours()
 
 
 def ours_kvcache(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
@@ -218,6 +243,13 @@ def _forced(backend: SDPBackend | None) -> Attention:
     return functools.partial(sdpa, backend=backend)
 
 
+# what the tables of the kernels chose, beside what they chose against
+WAYS: dict[str, Attention] = {
+    f"{OURS}:pointers": Ours(without=("descriptors",)),
+    f"{OURS}:head-by-head": Ours(without=("heavy_first",)),
+}
+HOPPER: dict[str, Attention] = {f"{OURS}:gluon": Ours(asked_for=("gluon",))}
+SUMS: dict[str, Attention] = {f"{OURS}:nondeterministic": Ours(deterministic=False)}
 PREFILL: dict[str, Attention] = {
     OURS: ours,
     "sdpa_cudnn": _forced(SDPBackend.CUDNN_ATTENTION),

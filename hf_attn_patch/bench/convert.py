@@ -169,7 +169,9 @@ CONTENDERS: dict[str, Callable[[Path, Path], Sample]] = {
 }
 
 
-def measure(work: Path, gigabytes: float, shards: int, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    work: Path, gigabytes: float, shards: int, rounds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row per contender, all run in turn in every round."""
     from .rows import environment, percentiles
 
@@ -184,7 +186,7 @@ def measure(work: Path, gigabytes: float, shards: int, rounds: int) -> list[dict
             sample = CONTENDERS[name](source, target)
             written[name] = _size(target)
             shutil.rmtree(target)
-            print(f"round {turn}: {name} {sample.seconds:.2f} s", file=sys.stderr, flush=True)
+            say(f"round {turn}: {name} {sample.seconds:.2f} s")
             if turn:
                 samples[name].append(sample)
     group = 4 * HIDDEN * HIDDEN * 2
@@ -232,6 +234,7 @@ def run(
     rounds: int = 3,
     folder: Path | None = None,
     out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Measure the converter and `cp`; append their rows to the CSV `out`.
 
@@ -253,7 +256,7 @@ def run(
             f"needs {needed:,} bytes of disk ({free:,} free), 1 shard and 1 round or more"
         )
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        rows = measure(Path(work), gigabytes, shards, rounds)
+        rows = measure(Path(work), gigabytes, shards, rounds, say)
     if out is not None:
         from .rows import append_table
 

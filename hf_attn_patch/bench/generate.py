@@ -7,34 +7,18 @@ no download. Memory is the process's on a CPU, and the device's on a GPU.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .alone import Alone
 from .memory import Memory
+from .shapes import SHAPES, check, load
 
 OURS = "triton_paged_flash2"
-# Llama configurations for random weights
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama3-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-        "vocab_size": 128256, "max_position_embeddings": 8192,
-    },
-    "tiny": {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300,
-        "max_position_embeddings": 512,
-    },
-}  # fmt: skip
 IMPLEMENTATIONS = (OURS, "sdpa", "eager")
-DTYPES = ("float32", "bfloat16")
 
 # fmt: off
 COLUMNS = [
@@ -48,7 +32,7 @@ COLUMNS = [
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What every implementation is given to do; travels to its process as JSON."""
+    """What every implementation is given to do."""
 
     checkpoint: str  # a folder, or one of SHAPES
     dtype: str
@@ -79,13 +63,11 @@ def generate(impl: str, work: Workload) -> Sample:
     """Load, generate a little to warm up, then everything at once."""
     import torch
     from transformers import GenerationConfig
-    from transformers.utils import logging
 
     from hf_attn_patch.compat import batching_config
 
-    logging.set_verbosity_error()
     torch.set_num_threads(work.threads)
-    model = _load(impl, work)
+    model = load(work.checkpoint, impl, work.dtype, work.device)
     batching = batching_config(
         page_size=work.page_size, pages=work.pages, max_batch_tokens=work.max_batch_tokens
     )
@@ -118,25 +100,6 @@ def generate(impl: str, work: Workload) -> Sample:
     )
 
 
-def _load(impl: str, work: Workload) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-    import hf_attn_patch  # noqa: F401  (registers the implementations)
-
-    dtype = getattr(torch, work.dtype)
-    if work.checkpoint not in SHAPES:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            work.checkpoint, dtype=dtype, attn_implementation=impl
-        )
-        return model.to(work.device).eval()
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[work.checkpoint], eos_token_id=None, pad_token_id=0)
-    with torch.device(work.device):
-        made: Any = LlamaForCausalLM._from_config(config, attn_implementation=impl, dtype=dtype)
-    return made.eval()
-
-
 # --- around it ------------------------------------------------------------------------------------
 
 
@@ -145,7 +108,7 @@ def random_prompts(shape: str, requests: int, shortest: int, longest: int) -> li
     import random
 
     draw = random.Random(0)
-    vocabulary = SHAPES[shape]["vocab_size"]
+    vocabulary = SHAPES[shape].sizes["vocab_size"]
     return [
         [draw.randrange(1, vocabulary) for _ in range(length)]
         for length in lengths(requests, shortest, longest)
@@ -184,20 +147,13 @@ def read_prompts(
 
 def run_alone(impl: str, work: Workload) -> Sample:
     """:func:`generate` in a process of its own."""
-    command = [sys.executable, "-m", "hf_attn_patch.bench.generate", impl]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        command, input=json.dumps(asdict(work)), capture_output=True, text=True, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{impl} ended with {done.returncode}: {done.stderr[-2000:]}")
-    return Sample(**json.loads(done.stdout.splitlines()[-1]))
+    with Alone(impl) as process:
+        return process.call(generate, impl, work)
 
 
-def measure(impls: Sequence[str], work: Workload, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    impls: Sequence[str], work: Workload, rounds: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """One row per implementation, all run in turn in every round."""
     samples: dict[str, list[Sample]] = {impl: [] for impl in impls}
     for turn in range(rounds):
@@ -205,11 +161,9 @@ def measure(impls: Sequence[str], work: Workload, rounds: int) -> list[dict[str,
         for impl in (*impls[shift:], *impls[:shift]):
             sample = run_alone(impl, work)
             samples[impl].append(sample)
-            print(
+            say(
                 f"round {turn + 1} of {rounds}: {impl} {sample.seconds:.2f} s, "
-                f"{sample.generate_bytes / 2**20:.0f} MiB above the model",
-                file=sys.stderr,
-                flush=True,
+                f"{sample.generate_bytes / 2**20:.0f} MiB above the model"
             )
     return rows_of(samples, work)
 
@@ -268,7 +222,7 @@ def run(
     shape: str | None = None,
     text: Path | None = None,
     device: str = "cpu",
-    impls: Sequence[str] = IMPLEMENTATIONS,
+    impls: Sequence[str] | None = None,
     requests: int = 32,
     shortest: int = 32,
     longest: int = 512,
@@ -279,37 +233,31 @@ def run(
     rounds: int = 3,
     threads: int = 2,
     out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Measure implementations on one workload; append their rows to the CSV `out`.
 
     Args:
         checkpoint: folder of a causal language model, with a `text` that prompts are cut from
-            (plain or .xz); or `shape`, one of `SHAPES`.
+            (plain or .xz); or `shape`, one of `shapes.SHAPES`.
+        impls: None for `IMPLEMENTATIONS`.
         shortest, longest: tokens of the prompts.
 
     Raises:
         ValueError: what is asked for does not fit together.
         RuntimeError: an implementation failed.
     """
-    if (checkpoint is None) == (shape is None) or (checkpoint is not None and text is None):
-        raise ValueError(
-            "give the folder of a checkpoint and a text to cut prompts from (--text FILE), or a "
-            "shape for random weights (--shape), not both"
-        )
-    if shape is not None and shape not in SHAPES:
-        raise ValueError(f"unknown shape {shape!r}; possible: {', '.join(SHAPES)}")
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}; possible: {', '.join(DTYPES)}")
-    if device == "cpu" and sys.platform != "linux":
-        raise ValueError("memory is read from /proc, which only Linux has")
+    name = check(checkpoint, shape, dtype, device)
+    if shape is None and text is None:
+        raise ValueError("prompts are cut from a text: --text FILE")
     if min(requests, shortest, new_tokens, page_size, rounds) < 1 or longest < shortest:
         raise ValueError("counts must be 1 or more, and the longest prompt at least the shortest")
     sizes = (requests, shortest, longest)
     if shape is not None:
-        prompts, name = random_prompts(shape, *sizes), shape
+        prompts = random_prompts(shape, *sizes)
     else:
         assert checkpoint is not None and text is not None  # checked above
-        prompts, name = read_prompts(checkpoint, text, *sizes), str(checkpoint.resolve())
+        prompts = read_prompts(checkpoint, text, *sizes)
     work = Workload(
         checkpoint=name,
         dtype=dtype,
@@ -321,13 +269,9 @@ def run(
         max_batch_tokens=max_batch_tokens,
         threads=threads,
     )
-    rows = measure(impls, work, rounds)
+    rows = measure(impls or IMPLEMENTATIONS, work, rounds, say)
     if out is not None:
         from .rows import append_table
 
         append_table(out, COLUMNS, rows)
     return rows
-
-
-if __name__ == "__main__":  # one run, in the process of its own
-    print(json.dumps(asdict(generate(sys.argv[1], Workload(**json.load(sys.stdin))))))

@@ -8,6 +8,7 @@ rate and the bf16 matmul rate, are measured on the same device and stand in the 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,8 +91,8 @@ SLICES: dict[str, tuple[Shape, ...]] = {
 
 
 CONTENDERS: dict[str, dict[str, Attention]] = {
-    "forward": {**dense.PREFILL, **peers.PREFILL},
-    "backward": {**dense.PREFILL, **peers.PREFILL},
+    "forward": {**dense.PREFILL, **dense.WAYS, **dense.HOPPER, **peers.PREFILL},
+    "backward": {**dense.PREFILL, **dense.WAYS, **dense.SUMS, **peers.PREFILL},
     "decode": {**dense.DECODE, **decode.PAGED, **peers.DECODE},
 }
 
@@ -157,7 +158,8 @@ def measure(
     calls: dict[str, Contender] = {}
     for name, attention in fair.items():
         try:
-            budgets = gate(attention)
+            with _around(attention):
+                budgets = gate(attention)
             if all(budget.kept for budget in budgets):
                 calls[name] = _call(attention, q, k, v, shape)
                 calls[name]()
@@ -201,12 +203,29 @@ def _gradient_check(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Gate:
     return lambda attention: gradient_budgets(gradients(attention, (q, k, v), shape), exact, plain)
 
 
+def _around(attention: Attention) -> contextlib.AbstractContextManager[None]:
+    """What a contender needs around its forward and its backward."""
+    return getattr(attention, "around", contextlib.nullcontext)()
+
+
 def _call(attention: Attention, q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Contender:
     if shape.pass_ != "backward":
-        return lambda: attention(q, k, v, shape)
-    out = attention(q, k, v, shape)
+
+        def forward() -> Tensor:
+            with _around(attention):
+                return attention(q, k, v, shape)
+
+        return forward
+
+    with _around(attention):
+        out = attention(q, k, v, shape)
     grad = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+    def backward() -> tuple[Tensor, ...]:
+        with _around(attention):
+            return torch.autograd.grad(out, (q, k, v), grad, retain_graph=True)
+
+    return backward
 
 
 def _peak_bytes(call: Contender) -> int:

@@ -75,13 +75,15 @@ def run(
         For each curve its name, lengths, times in milliseconds, and exponents found and expected.
 
     Raises:
-        ValueError: an unknown curve.
+        ValueError: an unknown curve, or a count below 1.
         RuntimeError: a result is not within the error budget.
     """
     names = list(CURVES) if curves is None else list(curves)
     unknown = [name for name in names if name not in CURVES]
     if unknown:
         raise ValueError(f"unknown curve {unknown[0]!r}; possible: {', '.join(CURVES)}")
+    if min(threads, rounds) < 1:
+        raise ValueError("threads and rounds must be 1 or more")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     found = []

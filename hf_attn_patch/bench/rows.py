@@ -142,9 +142,14 @@ def append_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str,
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """Every row of the CSV at `path` as text by column; an absent file has none."""
+    return read_table(path, COLUMNS)
+
+
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """:func:`read_rows` for rows of any columns."""
     if not path.exists() or path.stat().st_size == 0:
         return []
-    _check_header(path, COLUMNS)
+    _check_header(path, columns)
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 

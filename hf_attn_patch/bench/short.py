@@ -1,7 +1,8 @@
 """Short prompts, one at a time: what an implementation costs where attention is the smallest part.
 
-The same weights under each implementation in one process; they take turns, call by call. A row says
-the time of `generate` as a multiple of sdpa's, from the ratios within each round.
+One model in one process, given each implementation in turn, call by call: a model for each would
+compare where their weights happen to lie, too. A row says the time of `generate` as a multiple of
+sdpa's, from the ratios within each round.
 """
 
 from __future__ import annotations
@@ -63,10 +64,13 @@ def run(
     torch.set_num_threads(threads)
     found = []
     try:
-        models = {name: _model(checkpoint, name, dtype) for name in names}
+        model = _model(checkpoint, dtype)
         for length in prompts:
             say(f"{checkpoint.name}: {length} and {new_tokens} tokens")
-            rows = _measure(models, checkpoint.name, length, new_tokens, rounds)
+            rows = [
+                {"model": checkpoint.name} | row
+                for row in _measure(model, names, length, new_tokens, rounds)
+            ]
             if out is not None:
                 append_table(out, COLUMNS, rows)
             found += rows
@@ -75,25 +79,26 @@ def run(
     return found
 
 
-def _model(checkpoint: Path, impl: str, dtype: str) -> Any:
+def _model(checkpoint: Path, dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     import hf_attn_patch  # noqa: F401  (registers the implementations)
 
     return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype), attn_implementation=impl
+        checkpoint, dtype=getattr(torch, dtype), attn_implementation=BASE
     ).eval()
 
 
 def _measure(
-    models: dict[str, Any], model: str, length: int, new_tokens: int, rounds: int
+    model: Any, names: Sequence[str], length: int, new_tokens: int, rounds: int
 ) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(length)
-    vocabulary = models[BASE].config.vocab_size
-    ids = torch.randint(vocabulary, (1, length), generator=generator)
+    ids = torch.randint(model.config.vocab_size, (1, length), generator=generator)
 
-    def generate(name: str) -> Any:
-        return models[name].generate(
+    def generate(name: str) -> tuple[Any, float]:
+        model.set_attn_implementation(name)
+        start = time.perf_counter()
+        tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=new_tokens,
@@ -101,16 +106,14 @@ def _measure(
             do_sample=False,
             pad_token_id=0,
         )
+        return tokens, (time.perf_counter() - start) * 1e3
 
-    tokens = {name: generate(name) for name in models}  # and a warm-up
-    times: dict[str, list[float]] = {name: [] for name in models}
-    names = list(models)
+    tokens = {name: generate(name)[0] for name in names}  # and a warm-up
+    times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
         shift = turn % len(names)
         for name in (*names[shift:], *names[:shift]):
-            start = time.perf_counter()
-            generate(name)
-            times[name].append((time.perf_counter() - start) * 1e3)
+            times[name].append(generate(name)[1])
     rows = []
     for name, taken in times.items():
         ratios = [mine / base for mine, base in zip(taken, times[BASE], strict=True)]
@@ -118,8 +121,7 @@ def _measure(
         rows.append(
             {
                 "impl": name,
-                "model": model,
-                "dtype": str(models[name].dtype).removeprefix("torch."),
+                "dtype": str(model.dtype).removeprefix("torch."),
                 "prompt_tokens": length,
                 "new_tokens": new_tokens,
                 "rounds": rounds,

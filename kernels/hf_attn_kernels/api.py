@@ -33,7 +33,7 @@ def flash_attn_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    deterministic: bool = True,
     return_attn_probs: bool = False,
     *,
     s_aux: Tensor | None = None,
@@ -52,7 +52,9 @@ def flash_attn_func(
         window_size: keys visible to the left and right of the diagonal, -1 for all.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 for off.
         alibi_slopes: ``[Hq]`` or ``[B, Hq]`` float32; adds ``-slope * |i + K - Q - j|``.
-        deterministic: accepted for compatibility; the backward always is.
+        deterministic: gradients are the same bits in every run; the default, other than in
+            FlashAttention-2. False lets a GPU's backward add up q's gradient in any order, with
+            two of seven matrix products less, unless torch.use_deterministic_algorithms is on.
         return_attn_probs: also return the log-sum-exp, as FlashAttention-2 does.
         s_aux: ``[Hq]`` one more logit in each row's denominator (attention sinks of gpt-oss).
         bias: ``[1|B, 1|Hq, 1|Q, K]``, bool (True = keep) or added after the softcap; a floating
@@ -91,6 +93,7 @@ def flash_attn_func(
             key_padding_mask=key_padding_mask,
             dropout_seed=_dropout_seed(dropout_p, q.device),
             need_lse=return_attn_probs,
+            deterministic=deterministic,
         )
     )
 
@@ -109,7 +112,7 @@ def flash_attn_varlen_func(
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
-    deterministic: bool = False,
+    deterministic: bool = True,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
     *,
@@ -204,6 +207,7 @@ def flash_attn_varlen_func(
             max_seqlen_k=int(max_seqlen_k),
             dropout_seed=_dropout_seed(dropout_p, q.device),
             need_lse=return_attn_probs,
+            deterministic=deterministic,
         )
     )
 

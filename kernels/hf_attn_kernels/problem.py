@@ -48,6 +48,7 @@ class Problem:
     max_seqlen_k: int = 0
     dropout_seed: Tensor | None = None  # [1] int64 on q's device when dropout_p > 0
     need_lse: bool = False  # False: a backend may return None in its place
+    deterministic: bool = True  # the backward; False: its last bits may differ from run to run
 
     @property
     def packed(self) -> bool:

@@ -46,7 +46,7 @@ def _problem(row: Row) -> Problem:
     )
 
 
-def _grouped(rows: Iterable[Row]) -> dict[Problem, dict[str, Row]]:
+def grouped(rows: Iterable[Row]) -> dict[Problem, dict[str, Row]]:
     """Rows by problem and contender; the newest of a contender's rows counts."""
     groups: dict[Problem, dict[str, Row]] = {}
     for row in sorted(rows, key=lambda row: row["date"]):
@@ -54,7 +54,7 @@ def _grouped(rows: Iterable[Row]) -> dict[Problem, dict[str, Row]]:
     return groups
 
 
-def _is_ours(impl: str) -> bool:
+def is_ours(impl: str) -> bool:
     return impl == OURS or impl.startswith(f"{OURS}:")
 
 
@@ -64,21 +64,21 @@ def cpu_table(results: Path) -> str:
     if not rows:
         return unmeasured("CPU", "make bench")
     lines = []
-    for problem, contenders in _grouped(rows).items():
+    for problem, contenders in grouped(rows).items():
         peers = sorted(
-            (float(row["p50_ms"]), impl) for impl, row in contenders.items() if not _is_ours(impl)
+            (float(row["p50_ms"]), impl) for impl, row in contenders.items() if not is_ours(impl)
         )
         for impl, row in contenders.items():
-            if not _is_ours(impl):
+            if not is_ours(impl):
                 continue
             mine, way = float(row["p50_ms"]), impl.removeprefix(OURS).replace(":", ", by the ")
             ratios = " · ".join(f"{peer} {short(ms / mine)}×" for ms, peer in peers)
-            lines.append([_describe(problem) + way, problem.dtype, milliseconds(row), ratios])
+            lines.append([describe(problem) + way, problem.dtype, milliseconds(row), ratios])
     head = ["work", "dtype", "hf_attn_patch", "the others, × its time"]
     return f"{table(head, lines)}\n\n{measured_on(rows)}"
 
 
-def _describe(problem: Problem) -> str:
+def describe(problem: Problem) -> str:
     window = f", W {problem.window}" if problem.window else ""
     extra = f", {problem.extra}" if problem.extra else ""
     return (
@@ -96,12 +96,12 @@ def gpu_table(pass_: str) -> Callable[[Path], str]:
         if not rows:
             return unmeasured(f"GPU {pass_}", f"make gpu SLICE={pass_}")
         rate, unit = ("gbytes_s", "GB/s") if pass_ == "decode" else ("tflops", "TFLOP/s")
-        groups = _grouped(rows)
+        groups = grouped(rows)
         names = list(dict.fromkeys(impl for contenders in groups.values() for impl in contenders))
         lines = []
         for problem, contenders in groups.items():
             cells = [short(float(contenders[n][rate])) if n in contenders else "–" for n in names]
-            lines.append([_describe(problem), problem.dtype, *cells])
+            lines.append([describe(problem), problem.dtype, *cells])
         limits = [row for row in every if row["pass"] == "ceiling"]
         limit = " · ".join(
             f"{row['extra']} {float(row[rate]):.0f} {unit}" for row in limits if row[rate]
@@ -117,8 +117,8 @@ def mla_table(results: Path) -> str:
     rows = read_rows(results / MLA_CSV)
     if not rows:
         return unmeasured("MLA", "python scripts/bench_mla.py")
-    groups = _grouped(rows)
-    peers = sorted({row["impl"] for row in rows if not _is_ours(row["impl"])})
+    groups = grouped(rows)
+    peers = sorted({row["impl"] for row in rows if not is_ours(row["impl"])})
     lines = []
     for problem, contenders in groups.items():
         mine = contenders[OURS]

@@ -24,8 +24,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-CASE_MODULES = ("cases", "decode_cases", "mla_cases")
+CASE_MODULES = ("cases", "gluon_cases", "decode_cases", "mla_cases")
 
 _POINTEES = {
     torch.float16: "fp16",
@@ -67,6 +68,7 @@ class AotCase:
     divisible: frozenset[str]  # run-time arguments known to be multiples of 16
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,13 +101,15 @@ def case_from_arguments(
     arguments: Mapping[str, Any],
     num_warps: int,
     num_stages: int,
+    max_registers: int | None = None,
 ) -> AotCase:
     """Specialise a call as Triton's launcher would.
 
     Args:
         arguments: every parameter of `fn` by name. Tensors (the "meta" device will do) become
-            16-byte aligned pointers, None and constexpr parameters constants, ints ``i32`` or
-            ``i64`` (a constant when 1, divisible by 16 when they are), floats ``fp32``.
+            16-byte aligned pointers, tensor descriptors their type, None and constexpr parameters
+            constants, ints ``i32`` or ``i64`` (a constant when 1, divisible by 16 when they are),
+            floats ``fp32``.
 
     Raises:
         ValueError: parameters are missing or unknown, or a value has no Triton type.
@@ -131,6 +135,7 @@ def case_from_arguments(
     return AotCase(
         kernel=kernel, name=name, fn=fn, signature=signature, constexprs=constexprs,
         divisible=frozenset(divisible), num_warps=num_warps, num_stages=num_stages,
+        max_registers=max_registers,
     )  # fmt: skip
 
 
@@ -138,6 +143,10 @@ def _specialise(key: str, value: object) -> tuple[str, bool]:
     """Triton type of a run-time value, and whether it is known to be a multiple of 16."""
     if isinstance(value, Tensor):
         return "*" + _POINTEES[value.dtype], True
+    if isinstance(value, TensorDescriptor):
+        return _tiles(value), False
+    if hasattr(value, "layout"):  # a descriptor of Gluon, which says how tiles lie on the chip
+        return _tiles(value, f",{value.layout!r}"), False
     if isinstance(value, bool):
         return "i1", False
     if isinstance(value, int):
@@ -145,6 +154,10 @@ def _specialise(key: str, value: object) -> tuple[str, bool]:
     if isinstance(value, float):
         return "fp32", False
     raise ValueError(f"argument {key} has no Triton type: {value!r}")
+
+
+def _tiles(descriptor: Any, layout: str = "") -> str:
+    return f"tensordesc<{_POINTEES[descriptor.base.dtype]}{list(descriptor.block_shape)}{layout}>"
 
 
 def aot_cases(arch: str) -> list[AotCase]:
@@ -172,11 +185,22 @@ def build(case: AotCase, arch: str) -> Any:
         for name in case.divisible
         if name in case.signature
     }
-    source = ASTSource(
+    source = _source_type(case.fn)(
         fn=case.fn, signature=signature, constexprs=dict(case.constexprs), attrs=attrs
     )
     options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    if case.max_registers is not None:
+        options["maxnreg"] = case.max_registers
     return triton.compile(source, target=CHIPS[arch].target, options=options)
+
+
+def _source_type(fn: Any) -> Any:
+    """Triton's, or Gluon's; found as Triton's own launcher finds it."""
+    if not fn.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def compile_case(case: AotCase, arch: str) -> AotResult:

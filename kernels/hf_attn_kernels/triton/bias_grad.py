@@ -7,7 +7,7 @@ it, so the sum needs no atomics and is the same bits every time.
 import triton
 import triton.language as tl
 
-from .backward import _load_lse, _weights
+from .backward import load_lse, weights
 from .primitives import ADDED, kept_bounds, load_rows, sequence_bounds, visible
 
 
@@ -79,7 +79,7 @@ def bias_grad_kernel(
                 do = load_rows(
                     do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True
                 )
-                lse = _load_lse(Lse + row_at, rows, row_ok)
+                lse = load_lse(Lse + row_at, rows, row_ok)
                 delta = tl.load(Delta + row_at + rows, mask=row_ok, other=0.0)
                 i = rows[:, None]
                 j = cols[None, :]
@@ -90,7 +90,7 @@ def bias_grad_kernel(
                 )  # fmt: skip
                 qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                _, ds, _ = _weights(
+                _, ds, _ = weights(
                     qk, dp, lse[:, None], delta[:, None], i, j, ok, bias_base, bias_sq, bias_sk,
                     slope, offset, scaling, softcap, seed, b * heads_q + h, keep_threshold,
                     keep_scale, True, SOFTCAP, HAS_ALIBI, ADDED, DROPOUT,

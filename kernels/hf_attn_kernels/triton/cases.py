@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..problem import Pattern
 from .aot import AotCase, case_from_arguments
-from .launch import Gradients, Inputs, Launch, backward_launches, forward_launch
+from .backward_launch import Gradients, backward_launches, serves_joint
+from .choice import without
+from .config import COPY_ENGINE
+from .forward_launch import forward_launch
+from .launch import Inputs, Launch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,7 @@ class Call:
     padded: bool = False
     packed: bool = False
     backward: bool = True
+    without: tuple[str, ...] = ()  # ways that are ruled out, so that the next one is compiled
 
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -61,13 +66,22 @@ _FEATURES = (
     Call(name="bf16-D128-alibi", alibi=True),
     Call(name="bf16-D128-bool-mask", causal=False, bias="bool"),
     Call(name="bf16-D64-added-bias", head_dim=64, heads_kv=32, causal=False, bias="added"),
+    Call(name="bf16-D64-window", head_dim=64, window=511),
     Call(name="bf16-D64-s_aux-window", head_dim=64, window=127, s_aux=True),
     Call(name="bf16-D256-softcap-window", head_dim=256, window=4095, softcap=50.0),
 )
-CALLS = _DIMS + _FEATURES
+# what serves calls that the copy engine cannot: each of the tiles, and the heaviest features
+_POINTERS = tuple(
+    replace(call, name=f"{call.name}-pointers", without=("descriptors",))
+    for call in _DIMS + _FEATURES
+    if call.dtype == torch.bfloat16
+    and not (call.padded or call.packed or call.head_dim in (80, 96))
+)
+CALLS = _DIMS + _FEATURES + _POINTERS
 
 
-def _inputs(call: Call) -> Inputs:
+def inputs(call: Call) -> Inputs:
+    """The tensors of a call, without storage."""
     batch, length = 4, 4096
     dim_v = call.head_dim_v or call.head_dim
 
@@ -105,15 +119,21 @@ def _inputs(call: Call) -> Inputs:
 
 def launches(call: Call, chip: str) -> list[Launch]:
     """Every kernel of a call, forward first, on tensors without storage."""
-    x = _inputs(call)
+    x = inputs(call)
     out, lse = x.shape.empty_outputs(x.q)
-    found = [forward_launch(x, out, lse, chip)]
-    if call.backward:
+    with without(*call.without):
+        found = [forward_launch(x, out, lse, chip)]
+        if not call.backward:
+            return found
         dbias = None
         if x.bias is not None and x.bias.dtype != torch.bool:
             dbias = torch.empty(x.bias.shape, dtype=torch.float32, device="meta")
         grads = Gradients(x.q, x.k, x.v, dbias)
         found += backward_launches(x, out, lse, out, None, lse, grads, chip)
+        if serves_joint(x.shape):
+            dq_sum = torch.empty(x.q.shape, dtype=torch.float32, device="meta")
+            grads = replace(grads, dbias=None, dq_sum=dq_sum)
+            found += backward_launches(x, out, lse, out, None, lse, grads, chip)[1:]
     return found
 
 
@@ -127,7 +147,9 @@ def aot_cases(arch: str) -> list[AotCase]:
             arguments=launch.arguments,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
+            max_registers=launch.max_registers,
         )
         for call in CALLS
+        if arch in COPY_ENGINE or not call.without
         for launch in launches(call, arch)
     ]

@@ -22,9 +22,14 @@ class Tiles:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # of a thread: 128 let two blocks of 8 warps share an SM
 
 
-KERNELS = ("forward", "dq", "dkdv", "bias_grad")
+KERNELS = ("forward", "dq", "dkdv", "joint", "bias_grad")
+# what heads that run side by side may read again and again; H100 has 50 MB of cache, in two halves
+CACHE_BYTES = 16 * 2**20
+JOINT_HEAD_DIM = 128  # beyond it three accumulators leave too small a tile to gain anything
+COPY_ENGINE = frozenset({"sm_90", "sm_100", "interpreter"})  # chips that take tensor descriptors
 
 # head_dim is rounded up to one of these; rows below give one Tiles for each
 HEAD_DIMS = (64, 128, 256, 512)
@@ -37,6 +42,7 @@ _FP32: dict[str, tuple[Tiles, ...]] = {
     "forward": (T(64, 32, 8, 1), T(32, 32, 8, 1), T(16, 16, 4, 1), T(16, 16, 8, 1)),
     "dq": (T(32, 32, 8, 1), T(32, 32, 4, 1), T(16, 16, 4, 1)),
     "dkdv": (T(16, 32, 8, 1), T(16, 32, 8, 1), T(16, 16, 4, 1)),
+    "joint": (T(32, 16, 8, 1), T(16, 32, 8, 1)),
     "bias_grad": (T(32, 32, 4, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
 }
 
@@ -49,18 +55,20 @@ def _row(half: dict[str, tuple[Tiles, ...]]) -> Row:
 
 
 # TABLE[chip][kernel][bytes of an element] = Tiles for head_dim up to 64, 128, 256 (forward: 512).
-# A row "<kernel> heavy" serves the calls whose features cost registers (see `tiles`).
+# Rows "<kernel> tma" serve the copy engine's way; for "window" and "heavy" at the end see `tiles`.
 TABLE: dict[str, Row] = {
     "sm_80": _row({
         "forward": (T(128, 64, 8, 2), T(128, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
         "dq": (T(64, 64, 8, 2), T(64, 32, 4, 2), T(64, 32, 8, 2)),
         "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
+        "joint": (T(32, 64, 4, 2), T(32, 64, 8, 2)),
         "bias_grad": (T(64, 64, 8, 1), T(32, 32, 4, 1), T(32, 32, 8, 1)),
     }),
     "sm_89": _row({  # also 8.6 and 12.x: 99 KiB of shared memory
         "forward": (T(128, 64, 8, 2), T(128, 32, 8, 2), T(64, 32, 8, 1), T(32, 16, 8, 1)),
         "dq": (T(64, 64, 8, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
         "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
+        "joint": (T(32, 64, 4, 2), T(32, 64, 8, 2)),
         "bias_grad": (T(64, 64, 8, 1), T(32, 32, 4, 1), T(32, 32, 8, 1)),
     }),
     "sm_90": _row({
@@ -70,15 +78,43 @@ TABLE: dict[str, Row] = {
         "bias_grad": (T(64, 64, 4, 1), T(64, 64, 8, 1), T(32, 32, 8, 1)),
         "forward heavy": (T(128, 64, 8, 3), T(128, 64, 8, 3), T(128, 32, 8, 2), T(64, 16, 8, 2)),
         "dkdv heavy": (T(64, 128, 8, 2), T(32, 64, 8, 2), T(32, 32, 8, 2)),
+        # with 128 registers two blocks fit, one multiplies while the other takes exponentials
+        "forward tma": (
+            T(128, 128, 8, 2, 128), T(128, 64, 8, 2, 128), T(128, 64, 8, 2), T(64, 16, 8, 2),
+        ),
+        "forward tma window": (
+            T(128, 64, 8, 2, 128), T(128, 64, 8, 2, 128), T(128, 64, 8, 2), T(64, 16, 8, 2),
+        ),
+        "forward tma heavy": (
+            T(128, 64, 8, 2), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2),
+        ),
+        "dq tma": (T(128, 64, 8, 2), T(128, 64, 8, 2), T(128, 32, 8, 2)),
+        "dkdv tma": (T(64, 64, 4, 2), T(64, 64, 4, 2), T(64, 64, 8, 2)),
+        "dkdv tma window": (T(64, 64, 4, 2), T(64, 64, 4, 2), T(32, 64, 8, 2)),
+        "dkdv tma heavy": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 2)),
+        "joint": (T(64, 64, 8, 2), T(32, 64, 8, 2)),
+        "joint heavy": (T(32, 64, 8, 1), T(32, 64, 8, 1)),
+        "joint tma": (T(64, 64, 4, 2), T(64, 64, 4, 2)),
+        "joint tma window": (T(64, 64, 4, 2), T(64, 64, 8, 2)),
+        "joint tma heavy": (T(64, 64, 4, 2), T(64, 64, 8, 2)),
     }),
     "gfx942": _row({  # 64 KiB of LDS
         "forward": (T(128, 64, 4, 1), T(128, 32, 4, 1), T(64, 32, 4, 1), T(16, 16, 4, 1)),
         "dq": (T(64, 64, 4, 1), T(64, 32, 4, 1), T(32, 32, 4, 1)),
         "dkdv": (T(64, 64, 4, 1), T(32, 32, 4, 1), T(32, 32, 4, 1)),
+        "joint": (T(64, 64, 4, 1), T(32, 32, 4, 1)),
         "bias_grad": (T(32, 32, 4, 1), T(32, 32, 4, 1), T(16, 16, 4, 1)),
     }),
 }  # fmt: skip
-TABLE["sm_100"] = TABLE["sm_90"]  # the same shared memory; its tensor memory holds accumulators
+# the same shared memory; accumulators lie in a memory of their own, products are twice as fast
+TABLE["sm_100"] = TABLE["sm_90"] | _row({
+    "forward tma": (T(128, 128, 8, 2), T(128, 128, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2)),
+    "forward tma window": (T(128, 64, 8, 2), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2)),
+    "dkdv tma": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
+    "dkdv tma window": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
+    "dkdv tma heavy": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
+    "joint tma": (T(64, 64, 4, 2), T(64, 64, 8, 2)),
+})  # fmt: skip
 TABLE["xpu"] = TABLE["sm_89"]  # not measured: the smallest tiles
 # the interpreter's tiles are small and unequal, so that short tests cross many tile borders
 TABLE["interpreter"] = {k: {2: (T(32, 16, 4, 1),) * 4, 4: (T(32, 16, 4, 1),) * 4} for k in KERNELS}
@@ -119,19 +155,28 @@ def chip_of_capability(major: int, minor: int) -> str:
     return "sm_100" if major in (10, 11) else "sm_89"  # 12.x: 99 KiB of shared memory, like 8.9
 
 
-def tiles(kernel: str, chip: str, itemsize: int, head_dim: int, *, heavy: bool = False) -> Tiles:
+# the rows that serve a kind of call, the best first; "" has neither a window nor costly features
+_KINDS = {"": ("",), "window": (" window", " heavy", ""), "heavy": (" heavy", "")}
+
+
+def tiles(
+    kernel: str, chip: str, itemsize: int, head_dim: int, *, kind: str = "", tma: bool = False
+) -> Tiles:
     """The entry for a kernel.
 
     Args:
         head_dim: the larger of q's and v's.
-        heavy: a left window, softcap, ALiBi, bias or dropout is on; each holds more values at once.
+        kind: "window" with a left window, "heavy" with what holds yet more values at once (softcap,
+            ALiBi, bias, dropout, always visible tokens), else "".
+        tma: the copy engine brings the tiles, which saves registers.
 
     Raises:
         ValueError: this kernel has no tiles for so large a head_dim.
     """
     table = TABLE[chip]
-    name = f"{kernel} heavy" if heavy and f"{kernel} heavy" in table else kernel
-    row = table[name].get(itemsize) or table[kernel][itemsize]
+    ways = (f"{kernel} tma", kernel) if tma else (kernel,)
+    names = (way + end for way in ways for end in _KINDS[kind])
+    row = next(table[name][itemsize] for name in names if itemsize in table.get(name, ()))
     for limit, entry in zip(HEAD_DIMS, row, strict=False):
         if head_dim <= limit:
             return entry

@@ -1,4 +1,4 @@
-"""From checked tensors to kernel launches: outputs, strides, flags and grids."""
+"""From checked tensors to kernel launches: what both directions share, strides, flags, tiles."""
 
 from __future__ import annotations
 
@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Pattern
-from .backward import delta_kernel, dkdv_kernel, dq_kernel
-from .bias_grad import bias_grad_kernel
-from .config import Tiles, chip_of, tiles
-from .forward import attention_forward_kernel
+from .choice import ruled_out
+from .config import CACHE_BYTES, Tiles, tiles
 
 NO_BIAS, ADDED, KEEP = 0, 1, 2  # as in primitives
 
@@ -30,6 +28,11 @@ class Shape:
     head_dim: int
     head_dim_v: int
     packed: bool
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.heads_q // self.heads_kv
 
     @staticmethod
     def of(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, max_q: int, max_k: int) -> Shape:
@@ -70,13 +73,15 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     def run(self) -> Any:
         """The compiled kernel; None where there is nothing to do, and from the interpreter."""
         if not all(self.grid):
             return None
+        capped = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return self.fn[self.grid](
-            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages
+            **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, **capped
         )
 
 
@@ -102,6 +107,10 @@ class Inputs:
     def shape(self) -> Shape:
         return Shape.of(self.q, self.k, self.v, self.cu_q, self.max_q, self.max_k)
 
+    def bytes_of_head(self, length: int) -> int:
+        """Of two tensors that are as wide as k and v, `length` tokens of one head."""
+        return length * (self.k.shape[-1] + self.v.shape[-1]) * self.k.element_size()
+
 
 def padded_dim(head_dim: int) -> int:
     """The power of two that a tile of this head_dim takes; tl.dot needs 16 at least."""
@@ -113,7 +122,8 @@ def _strides(name: str, x: Tensor, packed: bool) -> dict[str, int]:
     return {f"{name}_sb": batch, f"{name}_ss": seq, f"{name}_sh": head}
 
 
-def _batch_stride(x: Tensor, packed: bool) -> int:
+def batch_stride(x: Tensor, packed: bool) -> int:
+    """0 when packed: there is one row of tokens."""
     return 0 if packed else x.stride(0)
 
 
@@ -127,7 +137,7 @@ def _key_bounds(mask: Tensor) -> tuple[Tensor, Tensor]:
     return lo.to(torch.int32), hi.to(torch.int32)
 
 
-def _shared_arguments(x: Inputs) -> dict[str, Any]:
+def shared_arguments(x: Inputs) -> dict[str, Any]:
     """Arguments that all kernels but delta take."""
     q, bias, pattern, shape = x.q, x.bias, x.pattern, x.shape
     keep_bias = bias is not None and bias.dtype == torch.bool
@@ -151,7 +161,7 @@ def _shared_arguments(x: Inputs) -> dict[str, Any]:
         **_strides("v", x.v, shape.packed),
         **dict(zip(("bias_sb", "bias_sh", "bias_sq", "bias_sk"), bias_strides, strict=True)),
         "slopes_sb": 0 if x.slopes is None or x.slopes.shape[0] == 1 else x.slopes.stride(0),
-        "heads_q": shape.heads_q, "groups": shape.heads_q // shape.heads_kv,
+        "heads_q": shape.heads_q, "groups": shape.group,
         "q_len": shape.q_len, "k_len": shape.k_len,
         "left": pattern.window_left, "right": pattern.window_right,
         "sink_tokens": pattern.sink_tokens, "scaling": pattern.scaling,
@@ -170,150 +180,42 @@ def _shared_arguments(x: Inputs) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tiled(kernel: str, fn: Any, t: Tiles, grid: tuple[int, ...], args: dict[str, Any]) -> Launch:
+def tiled(kernel: str, fn: Any, t: Tiles, grid: tuple[int, ...], args: dict[str, Any]) -> Launch:
+    """The launch of `fn` with tiles `t`."""
     args = {**args, "BLOCK_M": t.block_m, "BLOCK_N": t.block_n}
-    return Launch(kernel, fn, grid, args, t.num_warps, t.num_stages)
+    return Launch(kernel, fn, grid, args, t.num_warps, t.num_stages, t.max_registers)
 
 
-def _tiles_for(kernel: str, x: Inputs, chip: str) -> Tiles:
+def tiles_for(kernel: str, x: Inputs, chip: str, *, tma: bool = False) -> Tiles:
+    """The table's entry for a call; `tma`: the copy engine brings its tiles."""
     pattern = x.pattern
-    heavy = pattern.window_left >= 0 or pattern.softcap > 0 or pattern.dropout_p > 0
-    heavy = heavy or x.slopes is not None or x.bias is not None
+    heavy = pattern.softcap > 0 or x.slopes is not None or x.bias is not None
+    heavy = heavy or pattern.dropout_p > 0 or pattern.sink_tokens > 0
+    if tma:  # a packed batch takes its masked tiles by pointers, beside the descriptors
+        heavy = heavy or x.shape.packed
+    kind = "heavy" if heavy else "window" if pattern.window_left >= 0 else ""
     head_dim = max(x.shape.head_dim, x.shape.head_dim_v)
-    return tiles(kernel, chip, x.q.element_size(), head_dim, heavy=heavy)
+    return tiles(kernel, chip, x.q.element_size(), head_dim, kind=kind, tma=tma)
 
 
-def _blocks(length: int, block: int) -> int:
+def heads_together(pattern: Pattern, heads: int, head_bytes: int) -> int:
+    """How many of `heads` KV heads go block by block, see :func:`.primitives.place`.
+
+    Args:
+        head_bytes: what the programs of one head read again and again. A power of two of them fits
+            the cache, so that the last set of heads is seldom an odd one out.
+    """
+    blocks_differ = pattern.window_right >= 0 and pattern.window_left < 0
+    if not blocks_differ or not head_bytes or ruled_out("heavy_first"):
+        return 1
+    return max(1, min(heads, 1 << max(0, (CACHE_BYTES // head_bytes).bit_length() - 1)))
+
+
+def blocks_of(length: int, block: int) -> int:
+    """How many blocks cover `length`."""
     return -(-length // block)
 
 
-def forward_launch(x: Inputs, out: Tensor, lse: Tensor, chip: str) -> Launch:
-    """The forward kernel writing `out` and `lse`, with the tiles of `chip`."""
-    shape, t = x.shape, _tiles_for("forward", x, chip)
-    blocks_m = _blocks(shape.q_len, t.block_m)
-    lse_sb, lse_sh = shape.lse_strides(lse)
-    arguments = {
-        **_shared_arguments(x), "Out": out, "Lse": lse,
-        "SAux": x.q if x.s_aux is None else x.s_aux, "HAS_S_AUX": x.s_aux is not None,
-        "o_sb": _batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh,
-        "blocks_m": blocks_m,
-    }  # fmt: skip
-    grid = (blocks_m * shape.batch * shape.heads_q,)
-    return _tiled("forward", attention_forward_kernel, t, grid, arguments)
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """What the backward writes; dbias is float32 and None when nobody asks for it."""
-
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-    dbias: Tensor | None
-
-
-def backward_launches(
-    x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor,
-    grads: Gradients, chip: str,
-) -> list[Launch]:  # fmt: skip
-    """delta, then dq, dk/dv and the bias's gradient; all but q, k, v and bias are contiguous."""
-    shape = x.shape
-    lse_sb, lse_sh = shape.lse_strides(lse)
-    rows = {"o_sb": _batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh}
-    shared = {**_shared_arguments(x), **rows, "DOut": dout, "Lse": lse, "Delta": delta}
-    launches = [_delta_launch(shared, shape, out, dlse)]
-
-    t = _tiles_for("dq", x, chip)
-    blocks_m = _blocks(shape.q_len, t.block_m)
-    arguments = {**shared, "DQ": grads.dq, "blocks_m": blocks_m}
-    arguments["dq_sb"] = _batch_stride(grads.dq, shape.packed)
-    launches.append(
-        _tiled("dq", dq_kernel, t, (blocks_m * shape.batch * shape.heads_q,), arguments)
-    )
-
-    t = _tiles_for("dkdv", x, chip)
-    blocks_n = _blocks(shape.k_len, t.block_n)
-    arguments = {**shared, "DK": grads.dk, "DV_": grads.dv, "blocks_n": blocks_n}
-    arguments["dk_sb"] = _batch_stride(grads.dk, shape.packed)
-    arguments["dv_sb"] = _batch_stride(grads.dv, shape.packed)
-    launches.append(
-        _tiled("dkdv", dkdv_kernel, t, (blocks_n * shape.batch * shape.heads_kv,), arguments)
-    )
-    if grads.dbias is not None:
-        launches.append(_bias_grad_launch(shared, x, grads.dbias, chip))
-    return launches
-
-
-def _delta_launch(shared: dict[str, Any], shape: Shape, out: Tensor, dlse: Tensor | None) -> Launch:
-    block_m = 64
-    blocks_m = _blocks(shape.q_len, block_m)
-    names = (
-        "DOut", "Delta", "CuQ", "o_sb", "lse_sb", "lse_sh", "heads_q", "q_len", "PACKED", "DV",
-        "BLOCK_DV",
-    )  # fmt: skip
-    arguments = {name: shared[name] for name in names}
-    arguments |= {
-        "Out": out, "DLse": shared["Delta"] if dlse is None else dlse,
-        "HAS_DLSE": dlse is not None, "blocks_m": blocks_m, "BLOCK_M": block_m,
-    }  # fmt: skip
-    grid = (blocks_m * shape.batch * shape.heads_q,)
-    return Launch("delta", delta_kernel, grid, arguments, num_warps=4, num_stages=1)
-
-
-def _bias_grad_launch(shared: dict[str, Any], x: Inputs, dbias: Tensor, chip: str) -> Launch:
-    shape, t = x.shape, _tiles_for("bias_grad", x, chip)
-    bias_batch, bias_heads, bias_queries, max_k = dbias.shape
-    arguments = {name: value for name, value in shared.items() if name != "BIAS"}
-    arguments |= {
-        "DBias": dbias, "batch": shape.batch, "bias_batch": bias_batch, "bias_heads": bias_heads,
-        "bias_queries": bias_queries, "max_k": max_k,
-        "blocks_m": _blocks(shape.q_len, t.block_m),
-    }  # fmt: skip
-    own_blocks = 1 if bias_queries == 1 else _blocks(bias_queries, t.block_m)
-    grid = (_blocks(max_k, t.block_n), own_blocks, bias_batch * bias_heads)
-    return _tiled("bias_grad", bias_grad_kernel, t, grid, arguments)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Makes `device` the current one, which Triton launches on."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def run_forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Out, lse."""
-    out, lse = x.shape.empty_outputs(x.q)
-    with _on(x.q.device):
-        forward_launch(x, out, lse, chip_of(x.q.device.type, x.q.device.index)).run()
-    return out, lse
-
-
-def run_backward(
-    x: Inputs, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_needs_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv, dbias, ds_aux; the last two have 0 elements where not asked for."""
-    # packed: tokens behind the last sequence belong to none, their gradient is 0
-    new = torch.zeros if x.shape.packed else torch.empty
-    dq, dk, dv = (new(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v))
-    dbias = None
-    if x.bias is not None and bias_needs_grad:
-        dbias = torch.zeros(x.bias.shape, dtype=torch.float32, device=x.q.device)
-    delta = torch.zeros_like(lse)
-    dlse = None if dlse is None else dlse.contiguous()
-    launches = backward_launches(
-        x, out, lse, dout.contiguous(), dlse, delta, Gradients(dq, dk, dv, dbias),
-        chip_of(x.q.device.type, x.q.device.index),
-    )  # fmt: skip
-    with _on(x.q.device):
-        for launch in launches:
-            launch.run()
-    empty = x.q.new_empty
-    ds_aux = empty(0) if x.s_aux is None else _sink_gradient(x.s_aux, lse, delta)
-    if dbias is not None and x.bias is not None:
-        return dq, dk, dv, dbias.to(x.bias.dtype), ds_aux
-    return dq, dk, dv, empty(0), ds_aux
-
-
-def _sink_gradient(s_aux: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """A sink has a weight but no value: of the softmax's gradient only -weight * delta is left."""
-    weight = torch.exp(s_aux.float()[:, None] - lse)
-    weight = torch.where(torch.isneginf(lse), 0.0, weight)  # rows of no sequence
-    return -(weight * delta).sum(dim=1 if lse.dim() == 2 else (0, 2)).to(s_aux.dtype)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
+from .backward_launch import run_backward
 from .decode import decode_dense, serves_dense
-from .launch import Inputs, Shape, run_backward, run_forward
+from .forward_launch import run_forward
+from .launch import Inputs, Shape
 
 
 def attention(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -39,6 +41,7 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
         pattern.softcap,
         pattern.sink_tokens,
         pattern.dropout_p,
+        p.deterministic,
     )
     return out, lse
 
@@ -70,8 +73,12 @@ def attention_forward(
     softcap: float,
     sink_tokens: int,
     dropout_p: float,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Out and log-sum-exp; arguments as in :class:`..problem.Problem`, already checked."""
+    """Out and log-sum-exp; arguments as in :class:`..problem.Problem`, already checked.
+
+    `deterministic` is for the backward, which sees this operator's arguments alone.
+    """
     pattern = Pattern(
         scaling=scaling,
         window_left=left,
@@ -90,7 +97,7 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, s_aux: Tensor | None, slopes: Tensor | None,
     bias: Tensor | None, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     seed: Tensor | None, max_q: int, max_k: int, scaling: float, left: int, right: int,
-    softcap: float, sink_tokens: int, dropout_p: float,
+    softcap: float, sink_tokens: int, dropout_p: float, deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return Shape.of(q, k, v, cu_q, max_q, max_k).empty_outputs(q)
 
@@ -119,6 +126,7 @@ def attention_backward(
     softcap: float,
     sink_tokens: int,
     dropout_p: float,
+    deterministic: bool,
     bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, bias and s_aux; the last two have 0 elements where not asked for."""
@@ -131,7 +139,7 @@ def attention_backward(
         dropout_p=dropout_p,
     )
     x = Inputs(q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
-    return run_backward(x, dout, dlse, out, lse, bias_needs_grad)
+    return run_backward(x, dout, dlse, out, lse, bias_needs_grad, deterministic)
 
 
 @attention_backward.register_fake
@@ -140,7 +148,7 @@ def _(
     s_aux: Tensor | None, slopes: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
     scaling: float, left: int, right: int, softcap: float, sink_tokens: int, dropout_p: float,
-    bias_needs_grad: bool,
+    deterministic: bool, bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         q.new_empty(q.shape),

@@ -15,6 +15,19 @@ KEEP = tl.constexpr(2)  # bias is a mask, nonzero = keep
 
 
 @triton.jit
+def place(pid, blocks, together):
+    """Block and head (of all rows' heads) of a program: `together` heads go block by block.
+
+    With a causal mask the longest blocks of many heads come before the shortest of any, so that the
+    last programs to start are short ones; but only of as many heads as the cache can serve.
+    """
+    first = pid // (blocks * together) * together
+    side_by_side = tl.minimum(together, tl.num_programs(0) // blocks - first)
+    rest = pid - first * blocks
+    return rest // side_by_side, first + rest % side_by_side
+
+
+@triton.jit
 def sequence_bounds(b, CuQ, CuK, q_len, k_len, PACKED: tl.constexpr):
     """First query, query length, first key, key length of sequence b."""
     if PACKED:
@@ -86,6 +99,12 @@ def load_rows(
     if D == BLOCK_D:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def copy_rows(tiles, b, h, first, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The same tile by the copy engine, of a ``[B, H, S, D]`` descriptor; outside it reads as 0."""
+    return tiles.load([b, h, first, 0]).reshape(ROWS, BLOCK_D)
 
 
 @triton.jit

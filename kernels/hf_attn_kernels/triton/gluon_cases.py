@@ -1,0 +1,41 @@
+"""The calls whose Hopper kernel is compiled ahead of time: every ring, every feature."""
+
+from __future__ import annotations
+
+import torch
+
+from .aot import AotCase, case_from_arguments
+from .cases import Call, inputs
+from .gluon_launch import RINGS, forward_launch, refusal
+
+CALLS = tuple(
+    Call(name=f"{name}-D{dim}-{kind}", dtype=dtype, head_dim=dim, **how)
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16))
+    for dim in RINGS
+    for kind, how in (
+        ("causal", {}), ("full", {"causal": False}), ("window", {"window": 511}),
+        ("s_aux-window", {"s_aux": True, "window": 127}),
+    )
+)  # fmt: skip
+
+
+def aot_cases(arch: str) -> list[AotCase]:
+    """Cases of the Hopper kernel; none on another chip, or by a Triton without its Gluon."""
+    cases = []
+    for call in CALLS:
+        x = inputs(call)
+        if refusal(x, arch) is not None:
+            continue
+        out, lse = x.shape.empty_outputs(x.q)
+        launch = forward_launch(x, out, lse)
+        cases.append(
+            case_from_arguments(
+                kernel=launch.kernel,
+                name=call.name,
+                fn=launch.fn,
+                arguments=launch.arguments,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+            )
+        )
+    return cases
