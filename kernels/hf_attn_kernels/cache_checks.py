@@ -262,7 +262,7 @@ def check_values(
     """What only the tensors' values show: on the CPU, where reading them costs nothing."""
     if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
         return
-    low, high = int(seqlens.min()), int(seqlens.max())
+    low, high = (int(end) for end in seqlens.aminmax())
     if low < 0 or high + new > view.capacity:
         raise ValueError(
             f"a row of the cache has room for {view.capacity} keys, so the keys it holds already "
@@ -286,11 +286,10 @@ def check_values(
 
 def _check_pages(table: Tensor, k_cache: Tensor, seqlens: Tensor, new: int) -> None:
     pages, page_size = k_cache.shape[:2]
-    if table.numel() and int(table.max()) >= pages:
-        raise ValueError(
-            f"block_table names page {int(table.max())}; the cache has pages 0 to {pages - 1}"
-        )
-    if not new:
+    low, high = (int(end) for end in table.aminmax()) if table.numel() else (0, -1)
+    if high >= pages:
+        raise ValueError(f"block_table names page {high}; the cache has pages 0 to {pages - 1}")
+    if not new or low >= 0:
         return
     # pages of read keys may be gone (-1) where a window hides them; the ones written may not
     column = torch.arange(table.shape[1])[None, :]
