@@ -16,10 +16,19 @@ import pytest
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
-CASES = (
-    *(f"{kernel} " for kernel in ("forward", "dq", "dkdv", "joint", "delta", "bias_grad", "decode")),
-    *("hopper bf16", "reduce ", "append ", "mla "),
+KERNELS = (
+    "forward",
+    "dq",
+    "dkdv",
+    "joint",
+    "delta",
+    "bias_grad",
+    "decode",
+    "reduce",
+    "append",
+    "mla",
 )
+CASES = (*(f"{kernel} " for kernel in KERNELS), "hopper bf16")
 
 
 def report(*args: str, code: int = 0) -> list[dict[str, str]]:
