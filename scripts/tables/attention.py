@@ -132,14 +132,20 @@ def mla_table(results: Path) -> str:
     return f"{table(head, lines)}\n\n{measured_on(rows)}"
 
 
+def growth_curves(rows: Iterable[Row]) -> dict[str, dict[int, float]]:
+    """Milliseconds by length, of each curve; the newest of equal rows counts."""
+    curves: dict[str, dict[int, float]] = {}
+    for row in sorted(rows, key=lambda row: row["date"]):
+        curves.setdefault(row["extra"], {})[int(row["seq_k"])] = float(row["p50_ms"])
+    return curves
+
+
 def growth_table(results: Path) -> str:
     """Lengths across, curves down, and the exponent of each."""
     rows = read_rows(results / GROWTH_CSV)
     if not rows:
         return unmeasured("Growth", "python scripts/bench_growth.py --out results/growth_cpu.csv")
-    curves: dict[str, dict[int, float]] = {}
-    for row in sorted(rows, key=lambda row: row["date"]):
-        curves.setdefault(row["extra"], {})[int(row["seq_k"])] = float(row["p50_ms"])
+    curves = growth_curves(rows)
     lengths = sorted({n for times in curves.values() for n in times})
     lines = []
     for name, times in curves.items():
