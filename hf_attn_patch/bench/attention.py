@@ -13,14 +13,22 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contenders import DTYPES, Shape, dense_mask, flex, ours, sdpa, sdpa_packed
+from .contenders import (
+    DTYPES,
+    Shape,
+    dense_mask,
+    flex,
+    ours,
+    sdpa,
+    sdpa_packed,
+    transformers_sdpa,
+)
 from .flops import rate_per_s
 from .gate import worst_error
 from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
@@ -101,15 +109,6 @@ def prefill(shape: Shape) -> Trial:
         v=v,
         lengths=lengths,
     )
-
-
-def transformers_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """What ``attn_implementation="sdpa"`` runs: KV heads repeated wherever there is a mask."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    module: Any = SimpleNamespace(num_key_value_groups=q.shape[2] // k.shape[2], is_causal=True)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return sdpa_attention_forward(module, q, k, v, mask)[0]
 
 
 def window(shape: Shape) -> Trial:

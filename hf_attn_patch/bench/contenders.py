@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -184,6 +185,17 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape, backend: SDPBackend | No
         return call().transpose(1, 2)
     with sdpa_kernel(backend):
         return call().transpose(1, 2)
+
+
+def transformers_sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool = True
+) -> Tensor:
+    """What ``attn_implementation="sdpa"`` runs: KV heads repeated wherever there is a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module: Any = SimpleNamespace(num_key_value_groups=q.shape[2] // k.shape[2], is_causal=causal)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return sdpa_attention_forward(module, q, k, v, mask)[0]
 
 
 def sdpa_packed(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:

@@ -7,27 +7,21 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contenders import DTYPES, Attention, Shape, dense_mask
+from .contenders import DTYPES, Attention, Shape, dense_mask, transformers_sdpa
 from .decode import PAGE_SIZES, tables
 
 WORKSPACE_BYTES = 256 * 2**20  # FlashInfer asks for at least 128 MiB
 
 
-def transformers_sdpa(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
-    """What ``attn_implementation="sdpa"`` runs: KV heads repeated wherever there is a mask."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    group = shape.heads_q // shape.heads_kv
-    module: Any = SimpleNamespace(num_key_value_groups=group, is_causal=shape.causal)
+def transformers_own(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+    """transformers' sdpa, without a mask where it can do without."""
     mask = None if shape.causal and shape.window is None else dense_mask(shape, q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return sdpa_attention_forward(module, q, k, v, mask)[0]
+    return transformers_sdpa(q, k, v, mask, causal=shape.causal)
 
 
 def flash_attention_1(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
@@ -116,7 +110,7 @@ def _installed(package: str, found: dict[str, Attention]) -> dict[str, Attention
 
 
 PREFILL: dict[str, Attention] = {
-    "transformers_sdpa": transformers_sdpa,
+    "transformers_sdpa": transformers_own,
     "flash_attention_1": flash_attention_1,
     **_installed("flash_attn", {"flash_attention_4": flash_attention_4}),
     **_installed("flashinfer", {"flashinfer": flashinfer_prefill}),

@@ -26,6 +26,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import Launch
+
 CASE_MODULES = ("cases", "gluon_cases", "decode_cases", "mla_cases")
 
 _POINTEES = {
@@ -136,6 +138,15 @@ def case_from_arguments(
         kernel=kernel, name=name, fn=fn, signature=signature, constexprs=constexprs,
         divisible=frozenset(divisible), num_warps=num_warps, num_stages=num_stages,
         max_registers=max_registers,
+    )  # fmt: skip
+
+
+def case_of(launch: Launch, name: str) -> AotCase:
+    """The kernel of a launch, as it is called `name`; errors as :func:`case_from_arguments`."""
+    return case_from_arguments(
+        kernel=launch.kernel, name=name, fn=launch.fn, arguments=launch.arguments,
+        num_warps=launch.num_warps, num_stages=launch.num_stages,
+        max_registers=launch.max_registers,
     )  # fmt: skip
 
 

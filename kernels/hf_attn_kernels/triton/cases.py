@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Pattern
-from .aot import AotCase, case_from_arguments
+from .aot import AotCase, case_of
 from .backward_launch import Gradients, backward_launches, serves_joint
 from .choice import without
 from .config import COPY_ENGINE
@@ -140,15 +140,7 @@ def launches(call: Call, chip: str) -> list[Launch]:
 def aot_cases(arch: str) -> list[AotCase]:
     """Cases of the forward and backward kernels with the tiles of `arch`."""
     return [
-        case_from_arguments(
-            kernel=launch.kernel,
-            name=call.name,
-            fn=launch.fn,
-            arguments=launch.arguments,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            max_registers=launch.max_registers,
-        )
+        case_of(launch, call.name)
         for call in CALLS
         if arch in COPY_ENGINE or not call.without
         for launch in launches(call, arch)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..fp8 import E4M3
 from ..problem import NewKeys, Pattern, Rotary
-from .aot import AotCase, case_from_arguments
+from .aot import AotCase, case_of
 from .append import append_launch
 from .decode_launch import Cache, launches, new_outputs
 from .launch import Launch
@@ -168,10 +168,7 @@ def aot_cases(arch: str) -> list[AotCase]:
     seen: list[tuple[object, ...]] = []
     for call in CALLS:
         for launch in _launches(call, arch):
-            case = case_from_arguments(
-                kernel=launch.kernel, name=call.name, fn=launch.fn, arguments=launch.arguments,
-                num_warps=launch.num_warps, num_stages=launch.num_stages,
-            )  # fmt: skip
+            case = case_of(launch, call.name)
             what = (
                 case.kernel, dict(case.signature), dict(case.constexprs), case.divisible,
                 case.num_warps, case.num_stages,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .aot import AotCase, case_from_arguments
+from .aot import AotCase, case_of
 from .cases import Call, inputs
 from .gluon_launch import RINGS, forward_launch, refusal
 
@@ -28,14 +28,5 @@ def aot_cases(arch: str) -> list[AotCase]:
             continue
         out, lse = x.shape.empty_outputs(x.q)
         launch = forward_launch(x, out, lse)
-        cases.append(
-            case_from_arguments(
-                kernel=launch.kernel,
-                name=call.name,
-                fn=launch.fn,
-                arguments=launch.arguments,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-            )
-        )
+        cases.append(case_of(launch, call.name))
     return cases

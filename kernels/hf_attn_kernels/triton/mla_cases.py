@@ -10,7 +10,7 @@ from torch import Tensor
 from ..fp8 import E4M3
 from ..mla import MlaProblem
 from ..problem import Pattern
-from .aot import AotCase, case_from_arguments
+from .aot import AotCase, case_of
 from .decode_cases import BATCH, KEYS, NAMES, UNITS
 from .mla import launches
 
@@ -94,14 +94,5 @@ def aot_cases(arch: str) -> list[AotCase]:
         batch, q_len, heads, _ = problem.q_latent.shape
         lse = problem.q_latent.new_empty(batch, heads, q_len, dtype=torch.float32)
         launch, *_ = launches(problem, torch.empty_like(problem.q_latent), lse, arch, UNITS)
-        cases.append(
-            case_from_arguments(
-                kernel=launch.kernel,
-                name=call.name,
-                fn=launch.fn,
-                arguments=launch.arguments,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-            )
-        )
+        cases.append(case_of(launch, call.name))
     return cases
