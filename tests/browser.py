@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-TIMEOUT = 30.0
+TIMEOUT = 120.0
 
 
 def program() -> str | None:

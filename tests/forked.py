@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 NOBODY = 65534
+DEADLINE_S = 300
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,10 @@ def started(function: Callable[[], object], *, powerless: bool = False) -> Calla
 
     def wait() -> Ended:
         with os.fdopen(reading, "rb") as pipe:
+            if not select.select([pipe], [], [], DEADLINE_S)[0]:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise TimeoutError(f"a forked child still ran after {DEADLINE_S} s")
             told = pipe.read().decode()
         _, status = os.waitpid(pid, 0)
         error, _, said = told.partition("\n")

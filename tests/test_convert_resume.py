@@ -51,7 +51,7 @@ def start(source: Path, target: Path, tensors: int, name: str) -> subprocess.Pop
 
 def kill_after(source: Path, target: Path, tensors: int) -> None:
     process = start(source, target, tensors, "SIGKILL")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == -signal.SIGKILL, errors
 
 
@@ -221,7 +221,7 @@ def test_two_runs_to_one_target(
             with pytest.raises(ValueError, match="another run is writing"):
                 convert(source, tmp_path / "b", num_key_value_heads=1, resume=resume)
         process.send_signal(signal.SIGCONT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, errors

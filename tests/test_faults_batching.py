@@ -27,7 +27,7 @@ REQUESTS = 1000
 ROUNDS = 4  # the memory is compared between them
 MOST_NEW = 16
 PAGES = 48  # of 16 tokens: a dozen requests, so that the others wait and pages change hands
-TIMEOUT = 60  # seconds without any answer
+TIMEOUT = 300  # seconds without any answer
 
 
 @dataclass

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import socket
 import subprocess
 import threading
 from collections.abc import Callable
@@ -176,7 +174,7 @@ def test_four_threads_generate_at_once(name: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=300)
     assert found == [[answer] * 3 for answer in expected]
 
 
@@ -217,39 +215,41 @@ def test_in_a_spawned_process(
     fresh_python(str(code), str(file))
 
 
-def _replica(rank: int, port: int, folder: str) -> None:
-    """One of two processes: DDP over its half of the batch; the first saves the gradients."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        for name in NAMES:
-            model = patched(name).train()
-            replicated = torch.nn.parallel.DistributedDataParallel(model)
-            ids = tokens(4, 12)[2 * rank : 2 * rank + 2]
-            replicated(ids, labels=ids, use_cache=False).loss.backward()
-            if rank == 0:
-                found = {key: p.grad for key, p in model.named_parameters()}
-                torch.save(found, Path(folder) / f"{name}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+# One of two processes: DDP over its half of the batch; the first saves the gradients.
+REPLICA = """
+import pickle, sys, torch
+import hf_attn_patch
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+with open(sys.argv[1], "rb") as file:
+    models, ids = pickle.load(file)
+found = []
+for model in models:
+    half = ids.chunk(2)[rank]
+    replicated = torch.nn.parallel.DistributedDataParallel(model)
+    replicated(half, labels=half, use_cache=False).loss.backward()
+    found.append({name: p.grad for name, p in model.named_parameters()})
+if rank == 0:
+    torch.save(found, sys.argv[2])
+torch.distributed.destroy_process_group()
+"""
 
 
-def test_two_replicas(tmp_path: Path) -> None:
+def test_two_replicas(
+    tmp_path: Path, fresh_python: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
     """DDP's averaged gradients are those of the whole batch in one process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("fork")
-    replicas = [context.Process(target=_replica, args=(r, port, str(tmp_path))) for r in range(2)]
-    for replica in replicas:
-        replica.start()
-    for replica in replicas:
-        replica.join(timeout=120)
-    assert [replica.exitcode for replica in replicas] == [0, 0]
-    for name in NAMES:
-        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        same(found, gradients(patched(name).train(), {"input_ids": tokens(4, 12)}))
+    ids, models = tokens(4, 12), [patched(name).train() for name in NAMES]
+    file, out, code = (tmp_path / name for name in ("models.pickle", "gradients.pt", "child.py"))
+    file.write_bytes(pickle.dumps((models, ids)))
+    code.write_text(REPLICA)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    fresh_python(*torchrun, str(code), str(file), str(out), env={"CUDA_VISIBLE_DEVICES": ""})
+    for model, found in zip(models, torch.load(out, weights_only=True), strict=True):
+        whole = gradients(model, {"input_ids": ids})
+        same(found, whole)
+        with pytest.raises(AssertionError):  # what one process alone would have found
+            same(gradients(model, {"input_ids": ids.chunk(2)[0]}), whole)
 
 
 # --- copies ---------------------------------------------------------------------------------------

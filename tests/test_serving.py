@@ -52,7 +52,7 @@ class Server:
             json.dumps(body | options).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             if not options.get("stream"):
                 return json.load(answer)
             events = [line.decode().removeprefix("data: ").strip() for line in answer]
@@ -83,7 +83,7 @@ def server(folder: Path) -> Iterator[Server]:
     assert process.stdout is not None
     reader = threading.Thread(target=lambda: found.lines.extend(process.stdout or ()), daemon=True)
     reader.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not any("is served with triton_paged_flash2" in line for line in found.lines):
         assert process.poll() is None and time.monotonic() < deadline, "".join(found.lines)
         time.sleep(0.1)
@@ -92,7 +92,7 @@ def server(folder: Path) -> Iterator[Server]:
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(timeout=20)
+            process.wait(timeout=120)
         except subprocess.TimeoutExpired:
             process.kill()
             raise
