@@ -277,7 +277,6 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
         paged(block_table=torch.tensor([[4, 1], [0, 6]], dtype=torch.int32)),
         "names page 6; the cache has pages 0 to 5",
     ),
-    "table-page-missing": (paged(cache_seqlens=lengths(31, 16)), "no page for some of the 2 new"),
     "page-size": (
         paged(k_cache=torch.zeros(6, 24, HKV, D), v_cache=torch.zeros(6, 24, HKV, D)),
         "page_size 24 .*multiples of 16",
@@ -313,6 +312,20 @@ def test_a_refused_call_leaves_the_cache_alone() -> None:
     with pytest.raises(ValueError, match="has room for 40 keys"):
         cache_problem(**call)
     assert not bool(written(call["k_cache"]).any())
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "extension"])
+def test_new_keys_without_a_page(compiled: bool, request: pytest.FixtureRequest) -> None:
+    """Whoever writes them finds that; the row that has its pages is not written either."""
+    served = request.getfixturevalue("with_extension") if compiled else []
+    call = paged(cache_seqlens=lengths(16, 31))
+    pattern = {"softmax_scale": call.pop("pattern").scaling, "causal": True}
+    with pytest.raises(ValueError, match="no page for some of the 2 new keys"):
+        flash_attn_with_kvcache(**call, **pattern)
+    assert not bool(written(call["k_cache"]).any()) and len(served) == compiled
+    call["cache_seqlens"][1] = 30
+    flash_attn_with_kvcache(**call, **pattern)
+    assert int(written(call["k_cache"]).sum()) == 4 and len(served) == 2 * compiled
 
 
 def test_what_the_backends_get() -> None:

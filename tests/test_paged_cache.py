@@ -217,6 +217,22 @@ def test_hit_rate_and_bytes() -> None:
     assert cache.stats().used == cache.stats().bytes == 0
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory of a CPU")
+def test_pages_stay_where_they_are_until_they_are_twice_as_many() -> None:
+    """A decode step that copied all pages would wait for that; limits leave no room beyond them."""
+    cache, places = fresh(), []
+    for new in (1, 20, 200):
+        both(LLAMA, PLAIN, cache, max_new_tokens=new, min_new_tokens=new)
+        k, v = cache.layers[0].pages
+        assert len(k) == len(v) == cache.rows.tables[None].pool.size
+        places.append(k.data_ptr())
+        cache.start(**PLAIN)
+    assert places[0] == places[1] != places[2]
+    limited = fresh(max_bytes=7 * 16 * 2 * 2 * 2 * 16 * 4)
+    both(LLAMA, PLAIN, limited, max_new_tokens=1, min_new_tokens=1)
+    assert all(len(room) == 7 for layer in limited.layers for room in layer._room or ())
+
+
 def test_a_limit_in_bytes() -> None:
     page = 16 * 2 * 2 * 2 * 16 * 4
     cache = fresh(max_bytes=7 * page)

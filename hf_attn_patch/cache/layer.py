@@ -24,6 +24,7 @@ READERS = tuple(impl.name for impl in IMPLEMENTATIONS if impl.supports.paged)
 ATTRIBUTE = "hf_attn_layer"  # on the keys that `update` returns
 # the first tokens set the scale of float8 pages; later ones may be this many times as large
 FP8_HEADROOM = 4.0
+ROOM = 2  # on a CPU: times the pages in use, so that few steps wait for all to be copied
 
 
 def layer_of(keys: Tensor) -> PagedLayer | None:
@@ -48,6 +49,12 @@ def _dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def _shapes(keys: Tensor, values: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+    """KV heads and head_dim of both."""
+    (_, heads, _, dim), (_, heads_v, _, dim_v) = keys.shape, values.shape
+    return (heads, dim), (heads_v, dim_v)
+
+
 class PagedLayer(CacheLayerMixin):
     """Pages of one layer, ``[pages, page_size, Hkv, D]`` and ``[..., Dv]``.
 
@@ -66,6 +73,7 @@ class PagedLayer(CacheLayerMixin):
         self.v_pages: Tensor | None = None
         self.k_descale: Tensor | None = None  # [Hkv] float32, of float8 pages
         self.v_descale: Tensor | None = None
+        self._room: tuple[Tensor, Tensor] | None = None  # of which k_pages and v_pages are the part
         self._on_host: tuple[list[int], Tensor, Tensor] | None = None
 
     # -- transformers' side ------------------------------------------------------------------------
@@ -79,7 +87,7 @@ class PagedLayer(CacheLayerMixin):
                 "transformers' DynamicCache"
             )
         self.device: torch.device = key_states.device
-        self.shapes = tuple((x.shape[1], x.shape[3]) for x in (key_states, value_states))
+        self.shapes = _shapes(key_states, value_states)
         self.compute_dtype = _dtype_of(key_states)
         self.dtype = self.cache.page_dtype or self.compute_dtype
         self.is_initialized = True
@@ -88,7 +96,8 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``: the same, marked as this layer's."""
-        check_reader(self.cache.config)
+        if self.length == self.cache.length:  # the step's first layer: reading a config takes time
+            check_reader(self.cache.config)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_same_model(key_states, value_states)
@@ -98,14 +107,13 @@ class PagedLayer(CacheLayerMixin):
         return keys, value_states
 
     def _check_same_model(self, keys: Tensor, values: Tensor) -> None:
-        found = tuple((x.shape[1], x.shape[3]) for x in (keys, values))
-        dtype = _dtype_of(keys)
-        if (found, keys.device, dtype) != (self.shapes, self.device, self.compute_dtype):
+        found, device, dtype = _shapes(keys, values), keys.device, _dtype_of(keys)
+        if (found, device, dtype) != (self.shapes, self.device, self.compute_dtype):
             (heads, dim), _ = self.shapes
             raise ValueError(
                 f"this cache's layer {self.number} holds {heads} KV heads of head_dim {dim} in "
                 f"{self.compute_dtype} on {self.device}, and got {found[0][0]} of {found[0][1]} in "
-                f"{dtype} on {keys.device}: it belongs to another model; make a new PagedCache"
+                f"{dtype} on {device}: it belongs to another model; make a new PagedCache"
             )
 
     def get_seq_length(self) -> int:
@@ -144,18 +152,25 @@ class PagedLayer(CacheLayerMixin):
         if self._on_host is not None:
             self._fetch()
         if self.k_pages is None or self.v_pages is None or self.k_pages.shape[0] < size:
-            self.k_pages = self._grown(self.k_pages, self.shapes[0], size)
-            self.v_pages = self._grown(self.v_pages, self.shapes[1], size)
+            if self._room is None or self._room[0].shape[0] < size:
+                old = (self.k_pages, self.v_pages)
+                k, v = (self._more_room(*of, size) for of in zip(old, self.shapes, strict=True))
+                self._room = (k, v)
+            self.k_pages, self.v_pages = (room[:size] for room in self._room)
         return self.k_pages, self.v_pages
 
-    def _grown(self, old: Tensor | None, shape: tuple[int, int], size: int) -> Tensor:
+    def _more_room(self, old: Tensor | None, shape: tuple[int, int], size: int) -> Tensor:
+        """For `size` pages, the old ones copied."""
+        if self.device.type == "cpu":  # what nobody has written takes no memory there
+            limit = self.cache.rows.tables[self.window].pool.limit
+            size = max(size, min(ROOM * size, limit or ROOM * size))
         heads, dim = shape
-        new = torch.empty(
+        room = torch.empty(
             size, self.cache.page_size, heads, dim, dtype=self.dtype, device=self.device
         )
         if old is not None:
-            new[: old.shape[0]] = old
-        return new
+            room[: old.shape[0]] = old
+        return room
 
     def copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Contents of the first page of each pair to the second."""
@@ -192,7 +207,7 @@ class PagedLayer(CacheLayerMixin):
         if self.k_pages is not None and self.v_pages is not None and self._on_host is None:
             k, v = (x[used].to("cpu") for x in (self.k_pages, self.v_pages))
             self._on_host = (used, k, v)
-            self.k_pages = self.v_pages = None
+            self.k_pages = self.v_pages = self._room = None
 
     def _fetch(self) -> None:
         assert self._on_host is not None
@@ -204,5 +219,4 @@ class PagedLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.length = 0
         self.k_descale = self.v_descale = None
-        self.k_pages = self.v_pages = None
-        self._on_host = None
+        self.k_pages = self.v_pages = self._room = self._on_host = None

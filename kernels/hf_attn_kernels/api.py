@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .checks import check_pattern, check_problem
-from .known import CacheTensors, known_call, plan_of
+from .known import CacheTensors, known_call, run_known
 from .kvcache import cache_problem, packed_cache_problem
 from .problem import Problem
 
@@ -158,9 +158,9 @@ def flash_attn_varlen_func(
             ),
             (max_seqlen_q, max_seqlen_k, softmax_scale, causal, *window_size, softcap, sink_tokens),
         )  # fmt: skip
-        plan = plan_of(call)
-        if call is not None and plan is not None:
-            out, lse = plan(call.tensors)
+        found = run_known(call)
+        if found is not None:
+            out, lse = found
             return (out, lse, None) if return_attn_probs else out
     pattern = check_pattern(
         q.shape[-1],
@@ -280,9 +280,9 @@ def flash_attn_with_kvcache(
             (softmax_scale, causal, *window_size, softcap, rotary_interleaved, num_splits,
              sink_tokens),
         )  # fmt: skip
-    plan = plan_of(call)
-    if call is not None and plan is not None:
-        out, lse = plan(call.tensors)
+    found = run_known(call)
+    if found is not None:
+        out, lse = found
         return (out, lse) if return_softmax_lse else out
     pattern = check_pattern(
         q.shape[-1],

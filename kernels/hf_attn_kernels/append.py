@@ -17,16 +17,32 @@ from .problem import CacheProblem, NewKeys, Rotary
 
 
 def appended(problem: CacheProblem) -> CacheProblem:
-    """`problem` after its new keys are written: q rotated, lengths counting them, `new` None."""
+    """`problem` after its new keys are written: q rotated, lengths counting them, `new` None.
+
+    Raises:
+        ValueError: the block_table has no page for some of them; nothing is written.
+    """
+    return written(rotated(problem))
+
+
+def rotated(problem: CacheProblem) -> CacheProblem:
+    """`problem` with q and the new keys rotated, where that is asked for."""
+    new, held = problem.new, problem.seqlens_k
+    if new is None or new.rotary is None:
+        return problem
+    assert held is not None  # new keys go behind those
+    q, k = _rotated(problem.q, new.k, new.rotary, held)
+    return replace(problem, q=q, new=NewKeys(k=k, v=new.v))
+
+
+def written(problem: CacheProblem) -> CacheProblem:
+    """`problem` after its new keys, which are rotated, are written; raises as :func:`appended`."""
     new, held = problem.new, problem.seqlens_k
     if new is None:
         return problem
-    assert held is not None  # new keys go behind those
-    q, k = problem.q, new.k
-    if new.rotary is not None:
-        q, k = _rotated(q, k, new.rotary, held)
-    _write(problem, replace(new, k=k), held)
-    return replace(problem, q=q, new=None, seqlens_k=held + k.shape[1])
+    assert held is not None
+    _write(problem, new, held)
+    return replace(problem, new=None, seqlens_k=held + new.k.shape[1])
 
 
 def _rotated(q: Tensor, k: Tensor, rotary: Rotary, held: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,10 +90,15 @@ def _write(problem: CacheProblem, new: NewKeys, held: Tensor) -> None:
         row = torch.arange(k.shape[0], device=device) if idx is None else idx.long()
         where: tuple[Tensor, Tensor] = (row[:, None].expand_as(position), position)
     else:
-        pages, page_size = problem.k_cache.shape[:2]
+        page_size = problem.k_cache.shape[1]
         page = problem.block_table.gather(1, position // page_size).long()
-        # a negative index would count from the end and overwrite another's page; this one stops
-        where = (torch.where(page < 0, pages, page), position % page_size)
+        # a negative index would count from the end and overwrite another's page
+        if page.device.type == "cpu" and page.numel() and int(page.amin()) < 0:
+            raise ValueError(
+                f"block_table has no page for some of the {k.shape[1]} new keys (negative "
+                "entries); allocate pages before appending"
+            )
+        where = (page, position % page_size)
     for cache, x, descale in (
         (problem.k_cache, k, problem.k_descale),
         (problem.v_cache, v, problem.v_descale),

@@ -110,3 +110,22 @@ class CacheProblem:
         """Keys that a row may have."""
         blocks = 1 if self.block_table is None else self.block_table.shape[1]
         return blocks * self.k_cache.shape[1]
+
+    @property
+    def as_given(self) -> bool:
+        """Whether the tensors are those of `call`: else a copy would have to be made each time."""
+        assert self.call is not None
+        given, new = self.call.tensors, self.new
+        rotary = None if new is None else new.rotary
+        k, v = (None, None) if new is None else (new.k, new.v)
+        cos, sin = (None, None) if rotary is None else (rotary.cos, rotary.sin)
+        lengths = self.seqlens_k if self.cu_seqlens_k is None else self.cu_seqlens_k
+        mine = (
+            self.q, self.k_cache, self.v_cache, lengths, self.cu_seqlens_q, k, v, cos, sin,
+            self.block_table, self.batch_idx, self.leftpad, self.alibi_slopes, self.s_aux,
+            self.k_descale, self.v_descale,
+        )  # fmt: skip
+        return all(t is None or t.is_contiguous() for t in (cos, sin)) and all(
+            a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
+            for a, b in zip(given, mine, strict=True)
+        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..append import appended
+from ..append import rotated, written
 from ..fp8 import is_float8
 from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, CacheProblem
@@ -40,9 +40,11 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     """out ``[B, Q, Hq, Dv]`` (packed ``[Tq, Hq, Dv]``) and the natural log-sum-exp ``[B, Hq, Q]``
     (packed ``[Hq, Tq]``), float32; no gradient."""
     with torch.no_grad():
-        problem = appended(problem)
+        problem = rotated(problem)
         found = compiled.attention(problem)
-        if found is not None and found.whole:
+        if found is None:
+            problem = written(problem)
+        elif found.whole:
             return found.out, found.lse
         if problem.block_table is not None or is_float8(problem.k_cache):
             out, lse = _row_by_row(problem, found)

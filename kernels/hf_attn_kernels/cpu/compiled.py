@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends import backend_name
+from ..known import CacheTensors, learn
 from ..problem import CacheProblem
 from .extension import library
 
@@ -24,14 +26,15 @@ LANES = 16  # head sizes are multiples of the widest vector
 MOST_QUERIES = 4
 
 _POINTERS = (
-    "q", "k", "v", "out", "lse", "table", "page_of_row", "lengths", "first_query", "leftpad",
-    "s_aux", "slopes",
+    "q", "k", "v", "k_new", "v_new", "out", "lse", "table", "page_of_row", "lengths",
+    "first_query", "leftpad", "s_aux", "slopes",
 )  # fmt: skip
 _NUMBERS = (
-    "dtype", "rows", "queries", "heads", "heads_kv", "dim", "dim_v", "page_size", "blocks", "q_row",
-    "q_token", "q_head", "k_page", "k_token", "k_head", "v_page", "v_token", "v_head", "lse_row",
-    "lse_head", "lse_query", "slopes_row", "window_left", "window_right", "sink_tokens",
-    "most_queries", "threads",
+    "dtype", "rows", "queries", "new_keys", "heads", "heads_kv", "dim", "dim_v", "pages",
+    "page_size", "blocks", "q_row", "q_token", "q_head", "k_page", "k_token", "k_head", "v_page",
+    "v_token", "v_head", "k_new_row", "k_new_token", "k_new_head", "v_new_row", "v_new_token",
+    "v_new_head", "lse_row", "lse_head", "lse_query", "slopes_row", "window_left", "window_right",
+    "sink_tokens", "most_queries", "threads",
 )  # fmt: skip
 
 
@@ -82,12 +85,13 @@ class Found:
 
 def attention(problem: CacheProblem) -> Found | None:
     """out and lse as :func:`.cached.attention_with_cache`, of the rows with at most `MOST_QUERIES`
-    queries. None: nothing is done.
+    queries; new keys, rotated already, are written first. None: nothing is done or written.
 
-    A table that has no page for a key that is seen gives None too: torch's path says which.
+    A table that has no page for a key that is seen or written gives None too: torch's path says
+    which.
     """
     run = library()
-    q, k, v = problem.q, problem.k_cache, problem.v_cache
+    q, k, v, new = problem.q, problem.k_cache, problem.v_cache, problem.new
     if run is None or torch.compiler.is_compiling() or refusal(q, k, v) is not None:
         return None
     heads, dim_v, whole = q.shape[-2], v.shape[-1], True
@@ -102,28 +106,69 @@ def attention(problem: CacheProblem) -> Found | None:
         q_strides, lengths = (0, *q.stride()[:2]), problem.cu_seqlens_k
     else:
         rows, queries = q.shape[:2]
-        if queries > MOST_QUERIES:
+        if not 0 < queries <= MOST_QUERIES:
             return None
         out = q.new_empty(rows, queries, heads, dim_v)
         lse = q.new_empty(rows, heads, queries, dtype=torch.float32)
         q_strides, strides, lengths = q.stride()[:3], lse.stride(), problem.seqlens_k
     table, slopes = problem.block_table, problem.alibi_slopes
     s_aux = None if problem.s_aux is None else problem.s_aux.float()
+    k_new, v_new = (None, None) if new is None else (new.k, new.v)
     p = problem.pattern
     call = _Call(
         *map(address, (
-            q, k, v, out, lse, table, problem.batch_idx, lengths, problem.cu_seqlens_q,
-            problem.leftpad, s_aux, slopes,
+            q, k, v, k_new, v_new, out, lse, table, problem.batch_idx, lengths,
+            problem.cu_seqlens_q, problem.leftpad, s_aux, slopes,
         )),
-        DTYPES[q.dtype], rows, queries, heads, k.shape[2], q.shape[-1], dim_v, k.shape[1],
-        0 if table is None else table.shape[1], *q_strides, *k.stride()[:3], *v.stride()[:3],
-        *strides, heads if slopes is not None and slopes.shape[0] > 1 else 0, p.window_left,
-        p.window_right, p.sink_tokens, MOST_QUERIES, torch.get_num_threads(), p.scaling, p.softcap,
+        DTYPES[q.dtype], rows, queries, 0 if k_new is None else k_new.shape[1], heads, k.shape[2],
+        q.shape[-1], dim_v, *k.shape[:2], 0 if table is None else table.shape[1], *q_strides,
+        *k.stride()[:3], *v.stride()[:3], *_strides(k_new), *_strides(v_new), *strides,
+        heads if slopes is not None and slopes.shape[0] > 1 else 0, p.window_left, p.window_right,
+        p.sink_tokens, MOST_QUERIES, torch.get_num_threads(), p.scaling, p.softcap,
     )  # fmt: skip
+    if not _done(run, call):
+        return None
+    known = problem.call
+    if known is not None and not problem.packed and s_aux is problem.s_aux and problem.as_given:
+        learn(known, DecodePlan(call, out.shape, lse.shape))
+    return Found(out, lse, whole)
+
+
+def _done(run: Callable[..., int], call: _Call) -> bool:
     failed = run(ctypes.byref(call))
     if failed == -2:
-        raise MemoryError(f"no memory for the partial results of {rows} rows")
-    return Found(out, lse, whole) if failed == -1 else None
+        raise MemoryError(f"no memory for the partial results of {call.rows} rows")
+    return failed == -1
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """A batch that was served before: only where its tensors lie is new. Their values, lengths and
+    pages, are looked at in C++."""
+
+    call: _Call
+    out: torch.Size
+    lse: torch.Size
+
+    def __call__(self, x: CacheTensors) -> tuple[Tensor, Tensor] | None:
+        """out and lse, or None where the extension is not to be used now, or would not do it."""
+        run = library()
+        if run is None or backend_name(x.q.device) != "cpu":
+            return None
+        out, lse = x.q.new_empty(self.out), x.q.new_empty(self.lse, dtype=torch.float32)
+        call = _Call.from_buffer_copy(self.call)  # other threads have theirs
+        call.q, call.k, call.v = x.q.data_ptr(), x.k_cache.data_ptr(), x.v_cache.data_ptr()
+        call.k_new, call.v_new, call.table = map(address, (x.k, x.v, x.block_table))
+        call.page_of_row, call.leftpad = map(address, (x.batch_idx, x.leftpad))
+        call.s_aux, call.slopes = map(address, (x.s_aux, x.slopes))
+        call.lengths, call.out, call.lse = x.seqlens.data_ptr(), out.data_ptr(), lse.data_ptr()
+        call.threads = torch.get_num_threads()
+        return (out, lse) if _done(run, call) else None
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    """Of row, token and head."""
+    return (0, 0, 0) if x is None else x.stride()[:3]
 
 
 def address(x: Tensor | None) -> int | None:

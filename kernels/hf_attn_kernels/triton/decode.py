@@ -62,7 +62,7 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
             compiled = append.run()
             x = x if turned is None else replace(x, q=turned)
         out, lse, done = _run(x, p.pattern, p.num_splits)
-    if p.call is not None and done and done[0][1] is not None and _as_given(p):
+    if p.call is not None and done and done[0][1] is not None and p.as_given:
         decode, *reduce = [Ready.of(*pair) for pair in done]
         partial = done[0][0].arguments["partial"]
         plan = CachePlan(
@@ -74,26 +74,6 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         )
         learn(p.call, plan)
     return out, lse
-
-
-def _as_given(p: CacheProblem) -> bool:
-    """Whether the problem's tensors are the call's: a copy would have to be made each time."""
-    assert p.call is not None
-    given, new = p.call.tensors, p.new
-    rotary = None if new is None else new.rotary
-    pairs = (
-        (given.q, p.q), (given.block_table, p.block_table), (given.batch_idx, p.batch_idx),
-        (given.leftpad, p.leftpad), (given.slopes, p.alibi_slopes), (given.s_aux, p.s_aux),
-        (given.k_descale, p.k_descale), (given.v_descale, p.v_descale),
-        (given.seqlens, p.seqlens_k if p.cu_seqlens_k is None else p.cu_seqlens_k),
-        (given.cu_q, p.cu_seqlens_q), (given.k, None if new is None else new.k),
-        (given.v, None if new is None else new.v),
-    )  # fmt: skip
-    turn = () if rotary is None else (rotary.cos, rotary.sin)
-    return all(t.is_contiguous() for t in turn) and all(
-        a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
-        for a, b in pairs
-    )
 
 
 def _by_operators(p: CacheProblem) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 // Decode over a KV cache where it lies: contiguous in either layout, or in pages that are not
-// gathered.
+// gathered; new keys are written there first.
 //
 // The keys of a row are cut into splits of a fixed length, each one piece of work for one thread
 // (Dao et al., "Flash-Decoding", 2023); a second pass combines them by their log-sum-exp. Within a
@@ -21,7 +21,25 @@
 
 namespace {
 
+constexpr int64_t DONE = -1, NO_MEMORY = -2, NOT_WITHIN = -3;
 constexpr int64_t GRAIN = 1 << 16;  // products below which a thread is not worth waking
+
+// The new keys of all rows, behind those that a row holds; likewise the values.
+template <typename T>
+void append(const Call& c) {
+  for (int64_t r = 0; r < c.rows; ++r) {
+    for (int64_t i = 0; i < c.new_keys; ++i) {
+      const int64_t key = c.lengths[r] + i;
+      const int64_t page = page_of(c, r, key), place = key % c.page_size;
+      for (int64_t h = 0; h < c.heads_kv; ++h) {
+        std::copy_n((const T*)c.k_new + r * c.k_new_row + i * c.k_new_token + h * c.k_new_head,
+                    c.dim, (T*)c.k + page * c.k_page + place * c.k_token + h * c.k_head);
+        std::copy_n((const T*)c.v_new + r * c.v_new_row + i * c.v_new_token + h * c.v_new_head,
+                    c.dim_v, (T*)c.v + page * c.v_page + place * c.v_token + h * c.v_head);
+      }
+    }
+  }
+}
 
 template <typename T>
 void run_split(const Call& c, const Row& row, int64_t split, float* memory) {
@@ -97,6 +115,7 @@ int64_t run(const Call& c) {
     rows.push_back(row);
   }
   const std::unique_ptr<float[]> memory(new float[floats]);
+  append<T>(c);
   const int threads = int(std::max<int64_t>(1, std::min(c.threads, elements / GRAIN)));
   (void)threads;  // without OpenMP
 #pragma omp parallel num_threads(threads)
@@ -114,18 +133,20 @@ int64_t run(const Call& c) {
       finish<T>(c, rows[r], i % c.heads, memory.get() + memory_at[r]);
     }
   }
-  return -1;
+  return DONE;
 }
 
 }  // namespace
 
-// -1, or the number of a row that sees keys for which the table has no page, or -2: no memory.
+// DONE, or NO_MEMORY, or NOT_WITHIN: lengths or pages lie outside of the cache, or the number of a
+// row for some of whose keys the table has no page. Unless it is DONE nothing is written.
 extern "C" int64_t hf_attn_decode(const Call* call) {
+  if (!within(*call)) return NOT_WITHIN;
   try {
     if (call->dtype == 0) return run<float>(*call);
     if (call->dtype == 1) return run<Bfloat16>(*call);
     return run<Float16>(*call);
   } catch (const std::bad_alloc&) {
-    return -2;
+    return NO_MEMORY;
   }
 }
