@@ -28,7 +28,8 @@ from tables.whole import model_table, short_table
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[str, Callable[[Path], str]] = {
     "implementations": implementations_table,
-    "cpu": cpu_table,
+    "cpu": cpu_table(2),
+    "cpu-1": cpu_table(1),
     "mla": mla_table,
     "growth": growth_table,
     "gpu-forward": gpu_table("forward"),

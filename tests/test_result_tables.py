@@ -76,7 +76,7 @@ def test_cpu_peers_are_multiples_of_ours(tmp_path):
         row("sdpa_mask", 5.0, seq_q=1, extra="page=16", window=512)
     ]  # nobody of ours: no line
     rows.append_rows(tmp_path / attention.CPU_CSV, measured)
-    table = attention.cpu_table(tmp_path)
+    table = attention.cpu_table(1)(tmp_path)
     assert "100 ms (90.0 to 110)" in table and "sdpa_mask 2.50× · eager 12.3×" in table
     assert "on chip, 1 thread; torch 2.13" in table and "page=16" not in table
 
@@ -86,7 +86,7 @@ def test_the_newest_row_counts_and_each_way_of_ours_has_a_line(tmp_path):
     measured = [row(rows.OURS, 50.0, env=newer), row(rows.OURS, 100.0), row("sdpa", 100.0)]
     measured += [row(f"{rows.OURS}:split", 25.0)]
     rows.append_rows(tmp_path / attention.CPU_CSV, measured)
-    plain, split = attention.cpu_table(tmp_path).splitlines()[2:4]
+    plain, split = attention.cpu_table(1)(tmp_path).splitlines()[2:4]
     assert "sdpa 2.00×" in plain and "by the" not in plain
     assert "sdpa 4.00×" in split and ", by the split |" in split
 
@@ -141,9 +141,9 @@ def test_a_stale_file_is_noticed_and_mended(project, capsys):
 
 def test_a_misspelt_or_doubled_table_is_an_error(project, capsys):
     page = project / "docs" / "deep" / "page.md"
-    page.write_text(page.read_text().replace("table:cpu", "table:cpus"))
+    page.write_text(page.read_text().replace("table:growth", "table:growths"))
     assert tool.main(arguments(project)) == 1
-    assert "cpu (0 times), cpus (1 times)" in capsys.readouterr().err
+    assert "growth (0 times), growths (1 times)" in capsys.readouterr().err
     page.write_text(skeleton())  # one of them is in README.md already
     assert tool.main(arguments(project)) == 1
     assert "implementations (2 times)" in capsys.readouterr().err
@@ -180,7 +180,7 @@ def test_a_slower_row_needs_a_reason(tmp_path, project, capsys):
     rows.append_rows(tmp_path / attention.CPU_CSV, fine)
     assert "No row takes more than 1.10 ×" in slower.slower_table(tmp_path)
     rows.append_rows(tmp_path / attention.CPU_CSV, behind)
-    with pytest.raises(ValueError, match=r"4096.* bf16, on chip: 1\.11 × sdpa's time"):
+    with pytest.raises(ValueError, match=r"4096.* bf16, 1 thread, on chip: 1\.11 × sdpa's time"):
         slower.slower_table(tmp_path)
     assert tool.main([*arguments(project), "--check"]) == 1  # what `make check` runs
     assert "without a reason" in capsys.readouterr().err

@@ -49,9 +49,9 @@ def _shape(pass_: str, heads: tuple[int, int], head_dim: int, window: int | None
 
 
 CURVES = {
-    "prefill": Curve(shape=_shape("forward", (8, 2), 64), last=16384, expected=2),
+    "prefill": Curve(shape=_shape("forward", (8, 2), 64), last=65536, expected=2),
     "window": Curve(shape=_shape("forward", (8, 2), 64, 512), last=65536, expected=1),
-    "window-training": Curve(shape=_shape("backward", (8, 2), 64, 512), last=32768, expected=1),
+    "window-training": Curve(shape=_shape("backward", (8, 2), 64, 512), last=65536, expected=1),
     "decode": Curve(shape=_shape("decode", (32, 8), 128), last=65536, expected=1),
 }
 

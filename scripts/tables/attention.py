@@ -28,6 +28,7 @@ class Problem(NamedTuple):
     batch: str
     dtype: str
     device: str
+    threads: str
 
 
 def _problem(row: Row) -> Problem:
@@ -43,6 +44,7 @@ def _problem(row: Row) -> Problem:
         batch=row["batch"],
         dtype=row["dtype"],
         device=row["device"],
+        threads=row["threads"],
     )
 
 
@@ -58,24 +60,30 @@ def is_ours(impl: str) -> bool:
     return impl == OURS or impl.startswith(f"{OURS}:")
 
 
-def cpu_table(results: Path) -> str:
+def cpu_table(threads: int) -> Callable[[Path], str]:
     """A line per problem and way of ours: its time, and every peer's as a multiple of it."""
-    rows = read_rows(results / CPU_CSV)
-    if not rows:
-        return unmeasured("CPU", "make bench")
-    lines = []
-    for problem, contenders in grouped(rows).items():
-        peers = sorted(
-            (float(row["p50_ms"]), impl) for impl, row in contenders.items() if not is_ours(impl)
-        )
-        for impl, row in contenders.items():
-            if not is_ours(impl):
-                continue
-            mine, way = float(row["p50_ms"]), impl.removeprefix(OURS).replace(":", ", by the ")
-            ratios = " · ".join(f"{peer} {short(ms / mine)}×" for ms, peer in peers)
-            lines.append([describe(problem) + way, problem.dtype, milliseconds(row), ratios])
-    head = ["work", "dtype", "hf_attn_patch", "the others, × its time"]
-    return f"{table(head, lines)}\n\n{measured_on(rows)}"
+
+    def write(results: Path) -> str:
+        rows = [row for row in read_rows(results / CPU_CSV) if row["threads"] == str(threads)]
+        if not rows:
+            return unmeasured("CPU", f'make bench ARGS="--threads {threads}"')
+        lines = []
+        for problem, contenders in grouped(rows).items():
+            peers = sorted(
+                (float(row["p50_ms"]), impl)
+                for impl, row in contenders.items()
+                if not is_ours(impl)
+            )
+            for impl, row in contenders.items():
+                if not is_ours(impl):
+                    continue
+                mine, way = float(row["p50_ms"]), impl.removeprefix(OURS).replace(":", ", by the ")
+                ratios = " · ".join(f"{peer} {short(ms / mine)}×" for ms, peer in peers)
+                lines.append([describe(problem) + way, problem.dtype, milliseconds(row), ratios])
+        head = ["work", "dtype", "hf_attn_patch", "the others, × its time"]
+        return f"{table(head, lines)}\n\n{measured_on(rows)}"
+
+    return write
 
 
 def describe(problem: Problem) -> str:

@@ -29,6 +29,7 @@ class Reason:
     causal: str | None = None
     sizes: str | None = None
     window: str | None = None
+    threads: str | None = None
 
     def fits(self, impl: str, problem: Problem) -> bool:
         given = {k: v for k, v in vars(self).items() if k not in ("why", "impl") and v is not None}
@@ -56,6 +57,8 @@ def slower_table(results: Path, reasons: Sequence[Reason] | None = None) -> str:
             known = REASONS if reasons is None else reasons
             found = next((reason for reason in known if reason.fits(impl, problem)), None)
             what = f"{describe(problem)} {problem.dtype}"
+            if problem.threads == "1":
+                what += ", 1 thread"
             if found is None:
                 unexplained.append(f"{impl}, {what}, on {problem.device}: {behind}")
             else:
