@@ -52,6 +52,7 @@ class Chip:
 
 CHIPS = {
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 166912),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 101376),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 232448),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 232448),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 65536),

@@ -11,7 +11,7 @@ from torch import Tensor
 from .backward import delta_kernel
 from .bias_grad import bias_grad_kernel
 from .choice import ruled_out
-from .config import JOINT_HEAD_DIM, Tiles, chip_of
+from .config import DELTA_ROWS, JOINT_HEAD_DIM, Tiles, chip_of
 from .descriptors import refusal, rows_of, tiles_of
 from .dkdv import dkdv_kernel
 from .dq import dq_kernel
@@ -55,7 +55,7 @@ def backward_launches(
         **shared_arguments(x), "DOut": dout, "Lse": lse, "Delta": delta,
         "o_sb": batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh,
     }  # fmt: skip
-    launches = [_delta_launch(shared, shape, out, dlse)]
+    launches = [_delta_launch(shared, shape, out, dlse, DELTA_ROWS.get(chip, 64))]
     if grads.dq_sum is None:
         launches.append(_dq_launch(shared, x, dout, grads.dq, chip, tma))
     launches.append(_dkdv_launch(shared, x, dout, grads, chip, tma))
@@ -129,8 +129,9 @@ def _dkdv_launch(
     return tiled(kernel, dkdv_kernel, t, (blocks_n * shape.batch * shape.heads_kv,), arguments)
 
 
-def _delta_launch(shared: dict[str, Any], shape: Shape, out: Tensor, dlse: Tensor | None) -> Launch:
-    block_m = 64
+def _delta_launch(
+    shared: dict[str, Any], shape: Shape, out: Tensor, dlse: Tensor | None, block_m: int
+) -> Launch:
     blocks_m = blocks_of(shape.q_len, block_m)
     names = (
         "DOut", "Delta", "CuQ", "o_sb", "lse_sb", "lse_sh", "heads_q", "q_len", "PACKED", "DV",

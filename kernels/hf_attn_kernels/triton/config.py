@@ -22,13 +22,16 @@ class Tiles:
     block_n: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # of a thread: 128 let two blocks of 8 warps share an SM
+    # of a thread: 128 let two blocks of 8 warps share a processor; 255 keep the assembler from
+    # spilling a few to make room for one more block
+    max_registers: int | None = None
 
 
 KERNELS = ("forward", "dq", "dkdv", "joint", "bias_grad")
 # what heads that run side by side may read again and again; H100 has 50 MB of cache, in two halves
 CACHE_BYTES = 16 * 2**20
 JOINT_HEAD_DIM = 128  # beyond it three accumulators leave too small a tile to gain anything
+DELTA_ROWS = {"sm_100": 16}  # 64 elsewhere; there all loads come before the first sum
 COPY_ENGINE = frozenset({"sm_90", "sm_100", "interpreter"})  # chips that take tensor descriptors
 
 # head_dim is rounded up to one of these; rows below give one Tiles for each
@@ -45,11 +48,25 @@ _FP32: dict[str, tuple[Tiles, ...]] = {
     "joint": (T(32, 16, 8, 1), T(16, 32, 8, 1)),
     "bias_grad": (T(32, 32, 4, 1), T(32, 32, 8, 1), T(16, 16, 8, 1)),
 }
+# the same where another assembler spills: fewer threads, or one more stage
+_FP32_80 = _FP32 | {
+    "dq": (T(32, 32, 4, 2), T(32, 32, 4, 1), T(16, 16, 4, 1)),
+    "dkdv": (T(16, 32, 4, 2), T(16, 32, 4, 2), T(16, 16, 4, 1)),
+}
+_FP32_100 = _FP32 | {
+    "forward": (T(64, 32, 8, 2), T(32, 32, 8, 1), T(16, 16, 4, 1), T(16, 16, 8, 1)),
+    "dq": (T(32, 32, 8, 1), T(32, 32, 4, 1), T(16, 16, 4, 2)),
+    "dkdv": (T(16, 32, 8, 1), T(16, 32, 8, 1), T(16, 16, 4, 1, 255)),
+}
+_FP32_942 = _FP32 | {
+    "dkdv": (T(16, 32, 8, 1), T(16, 32, 4, 1), T(16, 16, 4, 1)),
+    "joint": (T(32, 16, 8, 1), T(16, 32, 4, 1)),
+}
 
 
-def _row(half: dict[str, tuple[Tiles, ...]]) -> Row:
+def _row(half: dict[str, tuple[Tiles, ...]], single: dict[str, tuple[Tiles, ...]] = _FP32) -> Row:
     return {
-        kernel: {2: tiles, 4: _FP32[kernel]} if kernel in _FP32 else {2: tiles}
+        kernel: {2: tiles, 4: single[kernel]} if kernel in single else {2: tiles}
         for kernel, tiles in half.items()
     }
 
@@ -58,19 +75,25 @@ def _row(half: dict[str, tuple[Tiles, ...]]) -> Row:
 # Rows "<kernel> tma" serve the copy engine's way; for "window" and "heavy" at the end see `tiles`.
 TABLE: dict[str, Row] = {
     "sm_80": _row({
-        "forward": (T(128, 64, 8, 2), T(128, 32, 8, 2), T(64, 32, 8, 2), T(32, 32, 8, 1)),
+        "forward": (T(128, 64, 8, 2), T(128, 32, 8, 3), T(64, 32, 8, 2), T(32, 32, 8, 1)),
         "dq": (T(64, 64, 8, 2), T(64, 32, 4, 2), T(64, 32, 8, 2)),
-        "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 64, 8, 2)),
+        "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(64, 32, 8, 2)),
+        "dkdv window": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(64, 32, 8, 2)),
+        "dkdv heavy": (T(32, 64, 4, 2), T(32, 64, 8, 1), T(64, 32, 8, 2)),
         "joint": (T(32, 64, 4, 2), T(32, 64, 8, 2)),
         "bias_grad": (T(64, 64, 8, 1), T(32, 32, 4, 1), T(32, 32, 8, 1)),
-    }),
+    }, _FP32_80),
     "sm_89": _row({  # also 8.6 and 12.x: 99 KiB of shared memory
-        "forward": (T(128, 64, 8, 2), T(128, 32, 8, 2), T(64, 32, 8, 1), T(32, 16, 8, 1)),
-        "dq": (T(64, 64, 8, 2), T(64, 32, 4, 2), T(32, 32, 8, 1)),
-        "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 1)),
+        "forward": (T(128, 64, 8, 2), T(128, 32, 8, 3), T(64, 32, 8, 1), T(32, 16, 8, 1)),
+        "dq": (T(64, 64, 8, 2), T(64, 32, 4, 3), T(32, 32, 4, 2)),
+        "dkdv": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 2)),
+        "dkdv window": (T(32, 64, 4, 2), T(32, 64, 8, 2), T(32, 32, 8, 2)),
+        "dkdv heavy": (T(32, 64, 4, 2), T(32, 64, 8, 1), T(32, 32, 8, 2)),
         "joint": (T(32, 64, 4, 2), T(32, 64, 8, 2)),
+        "joint window": (T(32, 64, 4, 2), T(32, 64, 8, 2)),
+        "joint heavy": (T(32, 64, 4, 2), T(32, 32, 4, 3)),
         "bias_grad": (T(64, 64, 8, 1), T(32, 32, 4, 1), T(32, 32, 8, 1)),
-    }),
+    }, _FP32_80),
     "sm_90": _row({
         "forward": (T(128, 128, 8, 2), T(128, 64, 8, 3), T(128, 64, 8, 2), T(64, 16, 8, 2)),
         "dq": (T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 64, 8, 2)),
@@ -104,17 +127,24 @@ TABLE: dict[str, Row] = {
         "dkdv": (T(64, 64, 4, 1), T(32, 32, 4, 1), T(32, 32, 4, 1)),
         "joint": (T(64, 64, 4, 1), T(32, 32, 4, 1)),
         "bias_grad": (T(32, 32, 4, 1), T(32, 32, 4, 1), T(16, 16, 4, 1)),
-    }),
+    }, _FP32_942),
 }  # fmt: skip
 # the same shared memory; accumulators lie in a memory of their own, products are twice as fast
 TABLE["sm_100"] = TABLE["sm_90"] | _row({
+    "forward": (T(128, 128, 8, 1), T(128, 64, 8, 3), T(128, 32, 8, 2), T(64, 16, 8, 2)),
+    "dq": (T(128, 64, 8, 2), T(128, 64, 8, 2, 255), T(64, 64, 8, 2)),
+    "dkdv": (T(64, 128, 8, 2), T(32, 128, 8, 1), T(32, 32, 8, 2)),
+    "forward heavy": (T(128, 64, 8, 3), T(128, 64, 8, 1), T(128, 32, 8, 2), T(64, 16, 8, 2)),
+    "dkdv heavy": (T(64, 128, 8, 2), T(32, 64, 4, 1), T(32, 32, 8, 2)),
     "forward tma": (T(128, 128, 8, 2), T(128, 128, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2)),
-    "forward tma window": (T(128, 64, 8, 2), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2)),
-    "dkdv tma": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
+    "forward tma window": (T(128, 64, 4, 2), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2)),
+    "forward tma heavy": (T(128, 64, 4, 2), T(128, 64, 8, 2), T(128, 64, 8, 2), T(64, 16, 8, 2)),
+    "dkdv tma": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(64, 32, 8, 2)),
     "dkdv tma window": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
     "dkdv tma heavy": (T(64, 64, 4, 2), T(64, 64, 8, 2), T(32, 64, 8, 1)),
     "joint tma": (T(64, 64, 4, 2), T(64, 64, 8, 2)),
-})  # fmt: skip
+    "joint tma heavy": (T(64, 64, 4, 2), T(64, 64, 4, 1)),
+}, _FP32_100)  # fmt: skip
 TABLE["xpu"] = TABLE["sm_89"]  # not measured: the smallest tiles
 # the interpreter's tiles are small and unequal, so that short tests cross many tile borders
 TABLE["interpreter"] = {k: {2: (T(32, 16, 4, 1),) * 4, 4: (T(32, 16, 4, 1),) * 4} for k in KERNELS}

@@ -21,6 +21,7 @@ class DecodeConfig:
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # as in `config.Tiles`
 
 
 # (bytes of an element, largest padded head_dim) -> tiles, fewest rows first
@@ -52,6 +53,25 @@ NVIDIA: Table = {
     (4, 512): (DecodeConfig(16, 16, 8, 2),),
 }
 
+# the same where another assembler spills: more stages or fewer keys
+SM_80: Table = NVIDIA | {
+    (2, 128): (
+        DecodeConfig(16, 64, 4, 3),
+        DecodeConfig(32, 64, 4, 3),
+        DecodeConfig(64, 32, 4, 3),
+        DecodeConfig(128, 32, 8, 2),
+    ),
+    (2, 256): (
+        DecodeConfig(16, 32, 4, 3),
+        DecodeConfig(32, 32, 4, 3),
+        DecodeConfig(64, 32, 8, 3),
+    ),
+    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 8, 2, 128)),
+}
+SM_100: Table = NVIDIA | {
+    (2, 128): (DecodeConfig(16, 64, 4, 3, 255), *NVIDIA[2, 128][1:]),
+}
+
 # 64 KiB of shared memory for a block, which is all that gfx942 has
 SMALL: Table = {
     (2, 64): (
@@ -72,6 +92,20 @@ SMALL: Table = {
     (4, 512): (DecodeConfig(16, 16, 8, 1),),
 }
 
+# 99 KiB
+SM_89: Table = SMALL | {
+    (2, 64): (
+        DecodeConfig(16, 128, 4, 2),
+        DecodeConfig(64, 64, 4, 2),
+        DecodeConfig(128, 64, 8, 2),
+    ),
+    (2, 128): (DecodeConfig(16, 64, 4, 2), DecodeConfig(64, 32, 8, 2, 255)),
+    (2, 256): (DecodeConfig(16, 32, 4, 2), DecodeConfig(64, 32, 8, 2)),
+    (4, 64): (DecodeConfig(16, 64, 4, 2), DecodeConfig(32, 32, 4, 1)),
+}
+# AMD: a thread has twice the registers where a block has no more than four waves
+GFX942: Table = SMALL | {(4, 512): (DecodeConfig(16, 16, 4, 1),)}
+
 # float32 products run on the vector units, operands in registers: float8 keys that are widened on
 # the way would spill beside a pipeline
 FLOAT32_OVER_FLOAT8: Table = {
@@ -87,11 +121,11 @@ INTERPRETER: Table = {(2, 512): _TINY, (4, 512): _TINY}
 
 # rows are chips as `config.chip_of` names them
 TABLES = {
-    "sm_80": NVIDIA,
-    "sm_89": SMALL,  # 99 KiB
+    "sm_80": SM_80,
+    "sm_89": SM_89,
     "sm_90": NVIDIA,
-    "sm_100": NVIDIA,
-    "gfx942": SMALL,  # 64 KiB
+    "sm_100": SM_100,
+    "gfx942": GFX942,
     "xpu": SMALL,
     "interpreter": INTERPRETER,
 }

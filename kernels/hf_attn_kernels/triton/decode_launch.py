@@ -105,7 +105,7 @@ def launches(
     decode = Launch(
         "decode", decode_kernel, (tiles_m * splits, heads_kv, x.batch),
         _decode_arguments(x, pattern, config, splits, out, lse, partial, chip),
-        config.num_warps, config.num_stages,
+        config.num_warps, config.num_stages, config.max_registers,
     )  # fmt: skip
     if partial is None:
         return [decode]

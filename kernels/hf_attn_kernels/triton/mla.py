@@ -86,7 +86,7 @@ def launches(p: MlaProblem, out: Tensor, lse: Tensor, chip: str, units: int) -> 
     decode = Launch(
         "mla", mla_kernel, (tiles_m * splits, batch),
         _arguments(p, config, splits, out, lse, partial, chip),
-        config.num_warps, config.num_stages,
+        config.num_warps, config.num_stages, config.max_registers,
     )  # fmt: skip
     if partial is None:
         return [decode]

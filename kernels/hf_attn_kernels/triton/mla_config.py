@@ -19,8 +19,11 @@ SM_90: Table = {
     (4, 256): (DecodeConfig(16, 16, 8, 1),),
     (4, 512): (DecodeConfig(16, 16, 8, 1),),
 }
-# the largest tile's products go through tensor memory, which is staged in shared memory
-SM_100: Table = SM_90 | {(2, 512): (DecodeConfig(16, 32, 8, 3), DecodeConfig(64, 32, 8, 2))}
+# 64 rows go through tensor memory and some calls spilled; 32 go through registers
+SM_100: Table = SM_90 | {
+    (2, 512): (DecodeConfig(16, 64, 8, 3), DecodeConfig(32, 64, 8, 2)),
+    (4, 256): (DecodeConfig(16, 16, 8, 1, 128),),
+}
 SM_80: Table = {
     (2, 256): (DecodeConfig(16, 64, 4, 2), DecodeConfig(64, 32, 8, 2)),
     (2, 512): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 8, 2)),
@@ -34,6 +37,11 @@ SMALL: Table = {
     (4, 256): (DecodeConfig(16, 16, 8, 1),),
     (4, 512): (DecodeConfig(16, 16, 8, 1),),
 }
+# a thread has twice the registers where a block has no more than four waves
+GFX942: Table = SMALL | {
+    (2, 256): (DecodeConfig(16, 32, 4, 1), DecodeConfig(32, 32, 4, 1)),
+    (4, 512): (DecodeConfig(16, 16, 4, 1),),
+}
 # small and unequal, so that short tests cross many tile borders
 _TINY = (DecodeConfig(16, 32, 1, 1), DecodeConfig(32, 16, 1, 1))
 INTERPRETER: Table = {(2, 512): _TINY, (4, 512): _TINY}
@@ -44,12 +52,12 @@ TABLES = {
     "sm_89": SMALL,  # 99 KiB
     "sm_90": SM_90,
     "sm_100": SM_100,
-    "gfx942": SMALL,
+    "gfx942": GFX942,
     "xpu": SMALL,
     "interpreter": INTERPRETER,
 }
 # where widening a float8 tile beside that many rows would spill
-FEWER_ROWS = ("sm_80", 2, 512)
+FEWER_ROWS = (("sm_80", 2, 512), ("sm_100", 2, 512))
 MAX_RANK, MAX_ROPE = 512, 128
 
 
@@ -66,6 +74,6 @@ def config_for(chip: str, itemsize: int, rank: int, rows: int, stored: int) -> D
     table = TABLES[chip]
     width = min(w for size, w in table if size == itemsize and w >= padded(rank))
     tiles = table[(itemsize, width)]
-    if stored < itemsize and (chip, itemsize, width) == FEWER_ROWS:
+    if stored < itemsize and (chip, itemsize, width) in FEWER_ROWS:
         tiles = tiles[:1]
     return next((tile for tile in tiles if tile.block_m >= rows), tiles[-1])
