@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernel_cases import assert_within_budget
 
-from hf_attn_kernels import use_backend
+from hf_attn_kernels import flash_attn_func, use_backend
 from hf_attn_kernels.backends import plain_attention
 from hf_attn_kernels.reference import attention_reference
 
@@ -70,3 +70,31 @@ def test_anything_else_takes_the_full_way(change: Any) -> None:
         with torch.autocast("cpu"):
             assert plain_attention(q, k, v, 0.25, causal=True) is None
     assert plain_attention(q, k, v, 0.25, causal=True) is None  # a gradient may be wanted
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("left", [-1, 2100], ids=["all", "window"])
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_one_query_over_many_keys_goes_by_the_extension(
+    tokens_first: bool, left: int, dtype: torch.dtype, with_extension: list[object]
+) -> None:
+    """The same by both doors, in either layout; few keys stay with torch."""
+    q, k, v = (
+        torch.randn(2, n, heads, 64).to(dtype) for n, heads in ((1, 6), (2300, 2), (2300, 2))
+    )
+    if not tokens_first:
+        k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    options: dict[str, Any] = {"softmax_scale": 0.3, "causal": True, "window_size": (left, 0)}
+    with torch.no_grad():
+        out = plain_attention(*heads_first, 0.3, causal=True, window_left=left)
+        again, lse, _ = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+        assert out is not None and len(with_extension) == 2
+        plain_attention(*(x[:, :, :300] for x in heads_first), 0.3, causal=True)
+        other = plain_attention(*heads_first[:2], heads_first[2].flip(2), 0.3, causal=True)
+    assert len(with_extension) == 3
+    assert torch.equal(out, again) and not torch.allclose(other, out, atol=1e-2)
+    exact, exact_lse = attention_reference(q, k, v, **options)
+    eager, _ = attention_reference(q, k, v, **options, dtype=dtype)
+    assert_within_budget("out", out, eager, exact)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from ..backends import backend_name
 from ..known import CacheTensors, learn
-from ..problem import CacheProblem
+from ..problem import CacheProblem, Pattern
 from .extension import library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LANES = 16  # head sizes are multiples of the widest vector
 # queries of a row up to which it is the faster way; with more rows matmuls are torch's strength
 MOST_QUERIES = 4
+# elements of keys from which one query over dense keys is worth the way here
+LEAST_KEYS = 2**18
 
 _POINTERS = (
     "q", "k", "v", "k_new", "v_new", "out", "lse", "table", "page_of_row", "lengths",
@@ -132,6 +134,16 @@ def attention(problem: CacheProblem) -> Found | None:
     if known is not None and not problem.packed and s_aux is problem.s_aux and problem.as_given:
         learn(known, DecodePlan(call, out.shape, lse.shape))
     return Found(out, lse, whole)
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Found | None:
+    """q ``[B, 1, Hq, D]`` over all of k ``[B, K, Hkv, D]`` and v ``[B, K, Hkv, Dv]``, as if they
+    were a cache that is full. None: nothing is done, or it would not be the faster way."""
+    if k.numel() < LEAST_KEYS or library() is None or not k.stride(3) == v.stride(3) == 1:
+        return None
+    lengths = torch.full((k.shape[0],), k.shape[1], dtype=torch.int32)
+    pattern = Pattern(scaling=scaling)
+    return attention(CacheProblem(q=q, k_cache=k, v_cache=v, pattern=pattern, seqlens_k=lengths))
 
 
 def _done(run: Callable[..., int], call: _Call) -> bool:

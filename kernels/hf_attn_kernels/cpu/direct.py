@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, Problem
-from . import prefill
+from . import compiled, prefill
 from .context import fused_forward
 from .one_query import LONG_KEYS, one_query
 
@@ -79,6 +79,11 @@ def plain(
     if q_len == 1 and causal:
         if hides:
             k, v = k[:, :, k_len - 1 - window_left :], v[:, :, k_len - 1 - window_left :]
+        served = compiled.one_query(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scaling
+        )
+        if served is not None:
+            return served.out
         packed = q if heads == heads_kv else q.reshape(batch, heads_kv, heads // heads_kv, dim)
         if batch == 1 and k.shape[2] >= LONG_KEYS:
             out, _ = one_query(packed, k, v, scaling, need_lse=False)
@@ -97,7 +102,11 @@ def _one_query(problem: Problem, low: int, need_lse: bool) -> tuple[Tensor, Tens
     if low and problem.pattern.sink_tokens:
         return None
     q = problem.q
-    k, v = (x[:, low:].transpose(1, 2) for x in (problem.k, problem.v))
+    k, v = (x[:, low:] for x in (problem.k, problem.v))
+    served = compiled.one_query(q, k, v, problem.pattern.scaling)
+    if served is not None:
+        return served.out, served.lse
+    k, v = k.transpose(1, 2), v.transpose(1, 2)
     packed = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, Hkv, G, D]
     out, lse = one_query(packed, k, v, problem.pattern.scaling, need_lse=need_lse)
     if lse is not None:
