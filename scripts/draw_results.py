@@ -79,7 +79,7 @@ def growth_on_a_cpu(results: Path) -> Figure | None:
         axes.plot(list(times), list(times.values()), marker="o", label=label)
     lengths = sorted({n for times in curves.values() for n in times})
     axes.set_xscale("log", base=2)
-    plain_log(axes)
+    plain_log(axes, at="1")
     axes.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
     axes.set_xlabel("tokens")
     axes.set_ylabel("ms")
