@@ -56,17 +56,12 @@ NVIDIA: Table = {
 # the same where another assembler spills: more stages or fewer keys
 SM_80: Table = NVIDIA | {
     (2, 128): (
-        DecodeConfig(16, 64, 4, 3),
-        DecodeConfig(32, 64, 4, 3),
+        *NVIDIA[2, 128][:2],
         DecodeConfig(64, 32, 4, 3),
         DecodeConfig(128, 32, 8, 2),
     ),
-    (2, 256): (
-        DecodeConfig(16, 32, 4, 3),
-        DecodeConfig(32, 32, 4, 3),
-        DecodeConfig(64, 32, 8, 3),
-    ),
-    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 8, 2, 128)),
+    (2, 256): (*NVIDIA[2, 256][:2], DecodeConfig(64, 32, 8, 3)),
+    (4, 128): (*NVIDIA[4, 128][:1], DecodeConfig(32, 32, 8, 2, 128)),
 }
 SM_100: Table = NVIDIA | {
     (2, 128): (DecodeConfig(16, 64, 4, 3, 255), *NVIDIA[2, 128][1:]),
