@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from . import compat, guard
+from .config_values import layer_value
+from .model_code import parts
 from .registry import IMPLEMENTATIONS, AttentionImpl, is_registered
 from .requirements import Accepted, Rejected, Verdict
 from .swa_settings import stored
@@ -81,9 +84,10 @@ def _model_verdict(
             f"transformers has no model class for {config.model_type!r}",
             "pass the model itself instead of its config or name",
         )
-    refused = guard.refusal(model_class, config.model_type, impl.name)
-    if refused is not None:
-        return Rejected(*refused)
+    for part, model_type in _parts(model, model_class, config):
+        refused = guard.refusal(part, model_type, impl.name)
+        if refused is not None:
+            return Rejected(*refused)
     text = config.get_text_config(decoder=True)
     dim = compat.head_dim_of(text)
     if dim is not None and dim > impl.supports.head_dim_forward:
@@ -96,8 +100,27 @@ def _model_verdict(
     return None
 
 
+def _parts(
+    model: compat.PreTrainedModel | None, model_class: type[compat.PreTrainedModel], config: Any
+) -> Iterator[tuple[type[compat.PreTrainedModel], str]]:
+    """Every model that would be built with the name, outermost first, and its model_type."""
+    if model is not None:
+        for module in model.modules():
+            if isinstance(module, compat.PreTrainedModel):
+                yield type(module), module.config.model_type
+        return
+    for part in parts(model_class):
+        kind = config if part is model_class else getattr(part, "config_class", None)
+        yield part, getattr(kind, "model_type", "") or config.model_type
+    for name in getattr(config, "sub_configs", None) or ():  # built through an auto class
+        inner = getattr(config, name, None)
+        inner_class = None if inner is None else compat.model_class_of(inner)
+        if inner_class is not None:
+            yield from _parts(None, inner_class, inner)
+
+
 def _window_verdict(text: Any) -> Rejected | None:
-    if stored(text) is not None or getattr(text, "sliding_window", None) is not None:
+    if stored(text) is not None or layer_value(text, "sliding_window"):
         return None
     return Rejected(
         f"a model of type {text.model_type!r} has no window in its config",
@@ -119,14 +142,15 @@ def _device_type(model: compat.PreTrainedModel | None, device: torch.device | st
 
 def _describe(config: Any) -> str:
     text = config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None)
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    parts = [f"{config.model_type}"]
+    heads = layer_value(text, "num_attention_heads")
+    kv_heads = layer_value(text, "num_key_value_heads") or heads
+    described = [f"{config.model_type}"]
     if heads:
-        parts.append(f"{heads} query and {kv_heads} key/value heads")
+        described.append(f"{heads} query and {kv_heads} key/value heads")
     dim = compat.head_dim_of(text)
     if dim:
-        parts.append(f"head_dim {dim}")
-    if getattr(text, "sliding_window", None):
-        parts.append(f"window {text.sliding_window}")
-    return ", ".join(parts)
+        described.append(f"head_dim {dim}")
+    window = layer_value(text, "sliding_window")
+    if window:
+        described.append(f"window {window}")
+    return ", ".join(described)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig, masking_utils
 from transformers.cache_utils import (
     Cache,
@@ -31,6 +31,9 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from .config_values import layer_value
+from .model_code import ModelCode, attention_classes, source_of
+
 __all__ = [
     "Cache",
     "CacheLayerMixin",
@@ -46,6 +49,11 @@ __all__ = [
     "sdpa_mask",
     "sliding_window_overlay",
 ]
+
+try:
+    from transformers.utils.output_capturing import _active_collector as _collector
+except ImportError:  # then the flag itself must come
+    _collector = None  # type: ignore[assignment]
 
 IndexMask = Callable[
     ..., Any
@@ -89,30 +97,34 @@ def mask_leaf(function: IndexMask) -> tuple[str, dict[str, Any]]:
 # --- what a model's modelling code can take ------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Traits:
     """Facts about a modelling file that decide which masks it may be given."""
 
-    interface: bool  # attention goes through AttentionInterface
-    compact_masks: bool  # made for FlashAttention's 2D masks
-    passes_window: bool  # hands sliding_window to the attention function
-    window_is_exclusive: bool  # bidirectional: passes the window + 1, so that |q - k| < window
+    interface: bool = True  # attention goes through AttentionInterface
+    compact_masks: bool = False  # made for FlashAttention's 2D masks
+    slices_masks: bool = False  # as 4D, for names without "flash"
+    passes_window: bool = False  # its layers hand sliding_window to the attention function
+    all_pass_window: bool = False  # those without a KV cache too
+    window_is_exclusive: bool = False  # bidirectional: passes the window + 1, so that |q - k| < it
+    always_causal: bool = False  # every layer says, or lets be assumed, that it is causal
+    may_not_be_causal: bool = False  # some layer may say that it is not
 
 
-UNKNOWN = Traits(
-    interface=True, compact_masks=False, passes_window=False, window_is_exclusive=False
-)
+UNKNOWN = Traits()
 _TRAITS: dict[type, Traits] = {}
 ATTENTION_CLASS = r"^class \w*Attention\w*\(nn\.Module\):"
+# a slice of queries, or the heads' dimension taken away
+MASK_AS_4D = r"\b(v|\w*mask\w*)\[:, (:, [a-z_]\w*|0, :), :\]"
 
 
 def traits(config: Any) -> Traits:
     """Traits of the modelling code that belongs to a config; the careful UNKNOWN if it is lost."""
-    found = _TRAITS.get(type(config))
-    if found is None:
+    known = _TRAITS.get(type(config))
+    if known is None:
         name = type(config).__module__.replace("configuration_", "modeling_")
-        found = _TRAITS[type(config)] = _read_traits(sys.modules.get(name))
-    return found
+        known = _TRAITS[type(config)] = _read_traits(sys.modules.get(name))
+    return known
 
 
 def learn_traits(model: PreTrainedModel) -> Traits:
@@ -124,26 +136,25 @@ def learn_traits(model: PreTrainedModel) -> Traits:
 
 
 def _read_traits(module: ModuleType | None) -> Traits:
-    if module is None:
+    source = "" if module is None else source_of(module)
+    if module is None or not source:
         return UNKNOWN
-    source = _source(module)
-    if not source:
-        return UNKNOWN
+    layers = attention_classes(module)
+    no_cross = [layer for layer in layers if "Cross" not in layer.name]
+    # what has a KV cache gets the causal masks; a file of encoders has none
+    decoding = [layer for layer in no_cross if layer.caches] or no_cross
     return Traits(
         # a file without an attention class borrows the layers of another
         interface="get_interface(" in source
         or not re.search(ATTENTION_CLASS, source, re.MULTILINE),
         compact_masks=re.search(r"_supports_flash_attn\s*=\s*True", source) is not None,
-        passes_window=re.search(r"\bsliding_window=(?!None)", source) is not None,
+        slices_masks=re.search(MASK_AS_4D, source) is not None,
+        passes_window=bool(decoding) and all(layer.passes_window for layer in decoding),
+        all_pass_window=bool(no_cross) and all(layer.passes_window for layer in no_cross),
         window_is_exclusive=re.search(r"\bsliding_window\s*\+\s*1\b", source) is not None,
+        always_causal=bool(decoding) and all(layer.always_causal for layer in decoding),
+        may_not_be_causal=not all(layer.always_causal for layer in decoding),
     )
-
-
-def _source(module: ModuleType) -> str:
-    try:
-        return inspect.getsource(module)
-    except (OSError, TypeError):  # no source file: a notebook, a frozen application
-        return ""
 
 
 _LATENTS: dict[type, str] = {}
@@ -154,7 +165,7 @@ def latent_attention(model_class: type[PreTrainedModel]) -> str:
     keys) or ``"none"``; read from its own file and those of the models it derives from."""
     if model_class not in _LATENTS:
         modules = {sys.modules.get(base.__module__) for base in model_class.__mro__}
-        sources = [_source(m) for m in modules if m and not m.__name__.startswith("torch.")]
+        sources = [source_of(m) for m in modules if m and not m.__name__.startswith("torch.")]
         found = [s for s in sources if re.search(r"^    def expand_kv\(", s, re.MULTILINE)]
         sparse = any(re.search(r"\bself\.indexer\b", s) for s in found)
         _LATENTS[model_class] = "sparse" if sparse else "full" if found else "none"
@@ -164,6 +175,30 @@ def latent_attention(model_class: type[PreTrainedModel]) -> str:
 def ignores_interface(model_class: type[PreTrainedModel]) -> bool:
     """Whether a model class never calls the attention function (transformers' own test)."""
     return not model_class._can_set_attn_implementation()
+
+
+def is_only_a_part(model_class: type[PreTrainedModel], code: ModelCode) -> bool:
+    """Whether a class that does not use the name it was given does no harm, as part of a model or
+    around models that do use it: no mask is made for it, and nobody loads it by itself."""
+    return not code.builds_masks and (code.builds_models or not _loads_alone(model_class))
+
+
+def _loads_alone(model_class: type[PreTrainedModel]) -> bool:
+    """Whether an auto class loads it; of a model that is not transformers' own nobody knows."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    config_class: Any = getattr(model_class, "config_class", None)
+    registered = config_class in MODEL_MAPPING or config_class in MODEL_FOR_CAUSAL_LM_MAPPING
+    return registered or not model_class.__module__.startswith("transformers.models.")
+
+
+def records_attentions() -> bool:
+    """Whether the model that runs collects attention weights for its output."""
+    # the flag itself does not reach every layer's keywords
+    if _collector is None or torch.compiler.is_compiling():
+        return False
+    collected = _collector.get()
+    return bool(collected) and any(key.endswith("attentions") for key in collected)
 
 
 def eager_only(model_class: type[PreTrainedModel]) -> bool:
@@ -191,12 +226,12 @@ def model_class_of(config: Any) -> type[PreTrainedModel] | None:
 
 
 def head_dim_of(config: Any) -> int | None:
-    """Width of a query head as the config gives it, None if it does not."""
-    given = getattr(config, "head_dim", None) or getattr(config, "qk_head_dim", None)
+    """Width of the widest query head as the config gives it, None if it does not."""
+    given = layer_value(config, "head_dim") or layer_value(config, "qk_head_dim")
     if given:
         return int(given)
-    hidden = getattr(config, "hidden_size", None)
-    heads = getattr(config, "num_attention_heads", None)
+    hidden = layer_value(config, "hidden_size")
+    heads = layer_value(config, "num_attention_heads")
     return hidden // heads if hidden and heads else None
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from hf_attn_kernels import flash_attn_varlen_func, flash_attn_with_kvcache
 
-from . import batching_tables
+from . import batching_tables, keywords
 from .batching_cache import LayerPages, layer_pages, windowed_keys
 
 ByKind = dict[str, Any] | Any  # newer releases say it for each kind of layer
@@ -51,6 +51,28 @@ class Batch:
 
 
 # not compiled: making it functional would copy the manager's whole memory for each layer
+# what other calls are served and continuous batching is not
+NOT_OVER_PAGES = ("indices", "output_attentions", "position_bias")
+# what the manager says of its batch, in one release or another, and this does not need
+MANAGERS = frozenset(
+    {"logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"}
+)
+
+
+def _refuse_unserved(given: dict[str, Any]) -> None:
+    served = keywords.SERVED | MANAGERS
+    beside = {name: value for name, value in given.items() if name not in served}
+    keywords.refuse_unserved("triton_paged_flash2", beside)
+    wrong = next((name for name in NOT_OVER_PAGES if given.get(name) is not None), None)
+    if given.get("is_causal") is False:
+        wrong = "is_causal=False"
+    if wrong is not None and given.get(wrong) is not False:
+        raise ValueError(
+            f"continuous batching (generate_batch) is not possible for a model whose attention "
+            f"asks for {wrong}; call generate() instead"
+        )
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_pages(
     module: nn.Module,
@@ -84,6 +106,7 @@ def attend_pages(
     Raises:
         ValueError: a cache, or pages, that cannot be read.
     """
+    _refuse_unserved(kwargs)
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
     layer = layer_pages(cache, layer_idx)
     options: dict[str, Any] = {

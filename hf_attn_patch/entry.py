@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class _Behind(NamedTuple):
     """What the doors lead to."""
 
-    attend: Callable[..., tuple[Tensor, None]]
+    attend: Callable[..., tuple[Tensor, Tensor | None]]
     answer: Callable[..., Tensor | None]
     own_windows: SwaSettings
 
@@ -45,7 +45,7 @@ def fa2_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """``triton_fa2``: query ``[B, Hq, Q, D]``, key, value ``[B, Hkv, K, D]`` to ``[B, Q, Hq, Dv]``.
 
     Arguments as transformers documents them for its attention interface.
@@ -64,7 +64,7 @@ def paged_forward(
     attention_mask: Tensor | None,
     cache: Any = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """``triton_paged_flash2``: as ``triton_fa2``, and continuous batching where a `cache` comes."""
     if cache is not None:
         from .continuous import attend_pages
@@ -84,7 +84,7 @@ def swa_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """``triton_swa``: causal layers see the configured window and sinks; else as ``triton_fa2``.
 
     Raises:
@@ -106,7 +106,7 @@ def mla_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """``triton_mla``: query ``[B, H, Q, D]``, latents ``[B, 1, K, R]`` and rotated keys
     ``[B, 1, K, P]`` as they are cached, to ``[B, Q, H, Dv]``.
 

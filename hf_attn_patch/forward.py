@@ -7,7 +7,7 @@ counts come from the tensors only: under tensor parallelism the config's are too
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
 from hf_attn_kernels.backends import plain_attention
 
-from . import compat, mask_forms, paged
+from . import compat, keywords, mask_forms, packing, paged
 from .cache.layer import layer_of
 from .swa_settings import SwaSettings
-
-logger = compat.logging.get_logger(__name__)
+from .weights import attention_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +59,8 @@ def attend(
     is_causal: bool | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    indices: Tensor | None = None,
     cache: Any = None,
     cu_seq_lens_q: Tensor | None = None,
     cu_seq_lens_k: Tensor | None = None,
@@ -67,38 +68,52 @@ def attend(
     max_length_k: int | None = None,
     output_attentions: bool = False,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function of the implementation `name`; see :mod:`.entry`.
 
+    Args:
+        position_ids: ``[1, Q]``, read only to tell packed sequences apart, see :mod:`.packing`.
+        indices: ``[B, Q, n]``, the only keys that each query sees besides what the mask hides
+            (DeepSeek's sparse attention); served by a dense mask.
+        output_attentions: return the weights ``[B, Hq, Q, K]`` too; they cost a pass of their own.
+
     Raises:
-        ValueError: a mask or a cache that it does not read.
+        ValueError: a mask, a cache or a keyword that it does not read.
     """
-    if output_attentions and not torch.compiler.is_compiling():
-        logger.warning_once(
-            f"attn_implementation={name!r} never holds the attention weights, so output_attentions "
-            "gives None. Use attn_implementation='eager' where they are needed."
-        )
     if cache is not None:
         raise ValueError(
             f"attn_implementation={name!r} got the cache of continuous batching (generate_batch), "
             "which it does not read; use attn_implementation='triton_paged_flash2'"
         )
+    if kwargs:
+        keywords.refuse_unserved(name, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is not None and attention_mask.dtype == mask_forms.STATED:
+        attention_mask, causal = mask_forms.unstated(attention_mask), True
+    if indices is not None:
+        attention_mask = _only(indices, attention_mask, key, bool(causal))
     window = sliding_window
     if causal and settings.window is not None:
         window = settings.narrow(sliding_window)
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    longest_q, longest_k = max_length_q, max_length_k
+    if not packed and packing.may_be_packed(position_ids, query.shape[0], query.shape[2]):
+        told = documents_of(position_ids, attention_mask, query, key)
+        if told is not None:
+            packed, (cu_seq_lens_q, longest_q) = True, told
+            cu_seq_lens_k, longest_k = cu_seq_lens_q, longest_q
+    weights = compat.records_attentions() if not output_attentions else True
     # a small model's decode step is over before the call is described
     if (
         attention_mask is s_aux is position_bias is cu_seq_lens_q is cu_seq_lens_k is None
         and scaling
-        and not (dropout or softcap or settings.sinks)
+        and not (dropout or softcap or settings.sinks or weights)
         and layer_of(key) is None
     ):
         left = -1 if window is None else window - 1
         out = plain_attention(query, key, value, scaling, causal=bool(causal), window_left=left)
         if out is not None:
             return out, None
-    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
     call = Call(
         query=query,
         key=key,
@@ -114,10 +129,63 @@ def attend(
         position_bias=position_bias,
         cu_seqlens_q=cu_seq_lens_q if packed else None,
         cu_seqlens_k=cu_seq_lens_k if packed else None,
-        max_seqlen_q=query.shape[0] * query.shape[2] if max_length_q is None else int(max_length_q),
-        max_seqlen_k=key.shape[0] * key.shape[2] if max_length_k is None else int(max_length_k),
+        max_seqlen_q=query.shape[0] * query.shape[2] if longest_q is None else int(longest_q),
+        max_seqlen_k=key.shape[0] * key.shape[2] if longest_k is None else int(longest_k),
     )
-    return run(call), None
+    if not weights:
+        return run(call), None
+    if layer_of(key) is not None:
+        raise ValueError(
+            "output_attentions with a PagedCache is not possible: earlier keys lie in pages. Use "
+            "transformers' DynamicCache for that call."
+        )
+    return run(call), attention_weights(call)
+
+
+def _only(indices: Tensor, mask: Tensor | None, key: Tensor, causal: bool) -> Tensor:
+    """``[B, 1, Q, K]`` bool: what a mask shows, and of that the keys at `indices` ``[B, Q, n]``."""
+    batch, queries, _ = indices.shape
+    keys = key.shape[2]
+    chosen = torch.zeros(batch, queries, keys, dtype=torch.bool, device=key.device)
+    chosen = chosen.scatter(-1, indices.long(), True)[:, None]
+    visible = mask_forms.read(mask, keys)
+    if visible.dense is not None and visible.dense.is_floating_point():
+        return visible.dense.masked_fill(~chosen, float("-inf"))
+    if visible.dense is not None:
+        return visible.dense & chosen
+    if visible.offsets is not None or visible.keys < keys:
+        raise ValueError(
+            "sparse attention (indices=) over packed sequences or a cache longer than its mask is "
+            "not possible; load the model with attn_implementation='sdpa'"
+        )
+    if visible.padding is not None:
+        chosen = chosen & visible.padding[:, None, None]
+    if visible.banded and causal:
+        chosen = chosen & torch.ones_like(chosen[:1]).tril(keys - queries)
+    return chosen
+
+
+def documents_of(
+    position_ids: Tensor | None, mask: Tensor | None, query: Tensor, key: Tensor
+) -> packing.Documents | None:
+    """What positions tell of packed sequences, where no mask says more."""
+    assert position_ids is not None
+    if mask is not None:
+        visible = mask_forms.read(mask, key.shape[2])
+        if not visible.banded or visible.padding is not None or visible.offsets is not None:
+            return None
+    keys = key.shape[2] if mask is None else visible.keys
+    if torch.compiler.is_compiling():
+        packing.assert_one_document(position_ids)
+    elif keys == query.shape[2]:
+        return packing.documents(position_ids)
+    elif packing.starts_over(position_ids):
+        raise ValueError(
+            "position_ids tell of packed sequences, and a cache already holds "
+            f"{keys - query.shape[2]} keys: packed sequences cannot be continued. Give them in "
+            "one call, each sequence whole."
+        )
+    return None
 
 
 def run(call: Call) -> Tensor:
@@ -139,8 +207,12 @@ def _run_dense(call: Call) -> Tensor:
     }
     if visible.banded:
         common |= _band(call)
-    if call.cu_seqlens_q is not None or visible.offsets is not None:
+    packed = call.cu_seqlens_q is not None or visible.offsets is not None
+    extras = (visible.dense, visible.padding, call.position_bias)
+    if packed and all(extra is None for extra in extras):
         return _run_packed(call, visible, q, k, v, common)
+    if packed:
+        visible = _within_documents(call, visible)
     bias = _bias(call, visible)
     if visible.keys < k.shape[1]:
         k, v = k[:, : visible.keys], v[:, : visible.keys]
@@ -150,6 +222,22 @@ def _run_dense(call: Call) -> Tensor:
     out = flash_attn_func(q, k, v, bias=bias, key_padding_mask=padding, **common)
     assert isinstance(out, Tensor)  # no log-sum-exp was asked for
     return out.contiguous()
+
+
+def _within_documents(call: Call, visible: mask_forms.Visible) -> mask_forms.Visible:
+    """Packed sequences, and a mask or a bias beside them: both apply, by a dense mask."""
+    offsets_q, offsets_k = call.cu_seqlens_q, call.cu_seqlens_k
+    if offsets_q is None:
+        offsets_q = offsets_k = visible.offsets
+    assert offsets_q is not None and offsets_k is not None
+    dense = packing.same_document(offsets_q, offsets_k, call.query.shape[2], call.key.shape[2])
+    if visible.padding is not None:
+        dense = dense & visible.padding[:, None, None]
+    elif visible.dense is not None and visible.dense.dtype == torch.bool:
+        dense = dense & visible.dense
+    elif visible.dense is not None:
+        dense = visible.dense.masked_fill(~dense, float("-inf"))
+    return replace(visible, padding=None, dense=dense, offsets=None)
 
 
 def _band(call: Call) -> dict[str, Any]:
@@ -170,11 +258,6 @@ def _run_packed(
     v: Tensor,
     common: dict[str, Any],
 ) -> Tensor:
-    if call.position_bias is not None:
-        raise ValueError(
-            "packed sequences with a position bias are not possible: the bias has no place for "
-            "where each sequence begins. Pad the batch instead of packing it."
-        )
     offsets_q = offsets_k = visible.offsets
     longest_q = longest_k = visible.longest
     if call.cu_seqlens_q is not None:  # they overrule whatever mask was made beside them

@@ -46,25 +46,53 @@ def remove() -> None:
 def refusal(
     model_class: type[PreTrainedModel], model_type: str, name: str
 ) -> tuple[str, str] | None:
-    """(reason, fix) why a model class cannot take the implementation `name`, None if it can."""
-    from . import compat
+    """(reason, fix) why a model class cannot take the implementation `name`, None if it can.
+
+    Speaks of the class itself; the models inside it are asked for when they are built.
+    """
     from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD, mla
 
     adapter = ADAPTERS.get(model_type)
-    if adapter is not None and name in adapter.unfit:
-        reason = adapter.unfit[name]
-    elif adapter is None and compat.ignores_interface(model_class):
-        reason = (
+    if adapter is None:
+        refused = _code_refuses(model_class, model_type, name)
+    else:
+        refused = adapter.unfit.get(name)
+    if refused is None:
+        return mla.refusal(model_class) if name == mla.NAME else None
+    reason, fix = refused if isinstance(refused, tuple) else (refused, None)
+    return reason, fix or INSTEAD.get(model_type, DEFAULT_INSTEAD)
+
+
+def _code_refuses(
+    model_class: type[PreTrainedModel], model_type: str, name: str
+) -> str | tuple[str, str] | None:
+    """What in a model's code stands against an implementation: a reason, maybe with its fix."""
+    from . import compat, keywords
+    from .model_code import model_code
+
+    code = model_code(model_class)
+    for table in code.tables:
+        if name not in table.implementations:
+            known = " and ".join(table.implementations)
+            return (
+                f"{model_class.__name__} looks its attention up in {table.name}, which has {known}",
+                f"load it with attn_implementation={table.implementations[-1]!r}",
+            )
+    if compat.ignores_interface(model_class) and not compat.is_only_a_part(model_class, code):
+        return (
             f"{model_class.__name__} computes its attention itself; transformers' code for "
             f"{model_type!r} does not call the attention function of that name"
         )
-    elif adapter is None and compat.eager_only(model_class):
-        reason = (
-            f"transformers declares that {model_class.__name__} works with eager attention only"
+    if compat.eager_only(model_class):
+        return f"transformers declares that {model_class.__name__} works with eager attention only"
+    unknown = keywords.unserved(code.keywords)
+    if unknown is not None:
+        return (
+            f"{model_class.__name__} passes {unknown}= to its attention, which "
+            f"{name!r} does not serve and may not ignore",
+            keywords.INSTEAD.get(unknown, keywords.DEFAULT_INSTEAD),
         )
-    else:
-        return mla.refusal(model_class) if name == mla.NAME else None
-    return reason, INSTEAD.get(model_type, DEFAULT_INSTEAD)
+    return None
 
 
 def refuse_config(config: Any, name: str) -> None:
@@ -86,6 +114,7 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     if config is None or getattr(config, "_attn_implementation", None) not in _names:
         return
     from . import compat
+    from .model_code import model_code
     from .models import ADAPTERS, mla
 
     if not isinstance(module, compat.PreTrainedModel):
@@ -102,7 +131,16 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     adapter = ADAPTERS.get(config.model_type)
     if adapter is not None:
         adapter.install(wanted)
+        adapter.prepare(module)
     else:
+        if compat.ignores_interface(type(module)):
+            compat.logging.get_logger(__name__).warning_once(
+                f"hf_attn_patch: {type(module).__name__} computes its attention itself, whatever "
+                f"attn_implementation says; {wanted!r} serves the other parts of the model."
+            )
         compat.learn_traits(module)
+        flash = next((name for name in sorted(_names) if "flash" in name), wanted)
+        if "flash" not in wanted and model_code(type(module)).packs_for_flash:
+            config._attn_implementation = flash  # the same attention by the other name
     if wanted == mla.NAME and submodule is not None:
         mla.prepare(submodule)

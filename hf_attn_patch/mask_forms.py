@@ -5,6 +5,7 @@ A mask travels through the model as one tensor or None, so its shape and dtype s
 ========================  ========================================================================
 None                      causal and windowed as the layer says, nothing hidden
 bool ``[B, L]``           the same, keys where it is False hidden; only the first L keys take part
+int8 ``[B, L]``           the same and causal, whatever the layer says of itself
 bool ``[B, 1, 1, K]``     it says all there is to say, and the same for every query
 any ``[B|1, H|1, Q, K]``  it says all there is to say; bool (True = keep) or added to the scores
 int32 ``[L, R + 1]``      R packed sequences, each row their offsets; the longest has L tokens
@@ -22,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+STATED = torch.int8  # the dtype that says: causal
+
 
 @dataclass(frozen=True, kw_only=True)
 class Visible:
@@ -38,6 +41,20 @@ class Visible:
 def first_keys(batch: int, length: int, device: torch.device | str) -> Tensor:
     """The form "only the first `length` keys take part, none of them hidden"."""
     return torch.ones((1, 1), dtype=torch.bool, device=device).expand(batch, length)
+
+
+def stated(mask: Tensor) -> Tensor:
+    """``[B, L]`` bool to the form that says by itself that it is causal."""
+    if _one_expanded(mask):
+        return mask[:1, :1].to(STATED).expand(mask.shape)
+    return mask.to(STATED)
+
+
+def unstated(mask: Tensor) -> Tensor | None:
+    """Back to bool ``[B, L]``, for a call that knows by now that it is causal."""
+    if _one_expanded(mask):
+        return mask[:1, :1].to(torch.bool).expand(mask.shape)
+    return mask.to(torch.bool)
 
 
 def same_for_all_queries(padding: Tensor) -> Tensor:
@@ -95,9 +112,14 @@ def read(mask: Tensor | None, key_length: int) -> Visible:
             "understood; possible: bool [batch, keys], or bool (True = keep) or floating (added) "
             "[batch|1, heads|1, queries|1, keys]"
         )
-    if columns > key_length:
+    if mask.dim() == 4 and columns == 1:  # as eager attention broadcasts it
+        mask = mask.expand(-1, -1, -1, key_length).contiguous()  # not to be taken for one True
+        columns = key_length
+    if columns > key_length or (mask.dim() == 4 and columns < key_length):
         raise ValueError(
-            f"the attention mask has {columns} key columns, but there are only {key_length} keys"
+            f"the attention mask has {columns} key columns, but there are {key_length} keys; "
+            f"possible: [batch|1, heads|1, queries|1, {key_length} or 1], or a 2D mask [batch, "
+            "keys] given to the model, which makes the rest of it"
         )
     if mask.dim() == 2:
         hidden = None if _one_expanded(mask) else mask
@@ -109,4 +131,5 @@ def read(mask: Tensor | None, key_length: int) -> Visible:
 
 
 def _one_expanded(mask: Tensor) -> bool:
-    return mask.stride(0) == 0 and mask.stride(-1) == 0
+    # expanding a batch of one leaves its stride as it was
+    return mask.stride(-1) == 0 and (mask.stride(0) == 0 or mask.shape[0] == 1)

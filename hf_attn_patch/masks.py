@@ -36,7 +36,7 @@ def answer(
     Raises:
         ValueError: the config is of a model that does not call the attention function.
     """
-    request = _request(batch_size, q_length, kv_length, kwargs)
+    request = _request(name, batch_size, q_length, kv_length, kwargs)
     config = request.config
     # in this order: to read a field of a config takes longer than to know its class
     if not compat.traits(config).interface and getattr(config, "model_type", "") not in ADAPTERS:
@@ -44,7 +44,9 @@ def answer(
     return build(request, settings)
 
 
-def _request(batch: int, q_length: int, kv_length: int, kwargs: dict[str, Any]) -> MaskRequest:
+def _request(
+    name: str, batch: int, q_length: int, kv_length: int, kwargs: dict[str, Any]
+) -> MaskRequest:
     attention_mask = kwargs.get("attention_mask")
     return MaskRequest(
         batch_size=batch,
@@ -60,6 +62,7 @@ def _request(batch: int, q_length: int, kv_length: int, kwargs: dict[str, Any]) 
         use_vmap=kwargs.get("use_vmap", False),
         device=kwargs.get("device", "cpu"),
         config=kwargs.get("config"),
+        named_flash="flash" in name,
     )
 
 
@@ -71,7 +74,9 @@ def build(request: MaskRequest, settings: SwaSettings) -> Tensor | None:
     if pattern.packed is not None:
         if _captured(pattern.packed):
             return mask_forms.uncounted(request.device)
-        if torch.compiler.is_compiling() or not _takes_compact(request, pattern):
+        if torch.compiler.is_compiling() or not (
+            _takes_compact(request, pattern) and _layers_agree(request, pattern)
+        ):
             return _dense(request, settings, pattern)
         return mask_forms.packed(pattern.packed)
     if pattern.causal:
@@ -82,7 +87,15 @@ def build(request: MaskRequest, settings: SwaSettings) -> Tensor | None:
 def _takes_compact(request: MaskRequest, pattern: Pattern) -> bool:
     # 2D masks are for models made for FlashAttention; a window must then come with the call
     traits = compat.traits(request.config)
-    return traits.compact_masks and (pattern.window is None or traits.passes_window)
+    passes = traits.passes_window if pattern.causal else traits.all_pass_window
+    sliced = traits.slices_masks and not request.named_flash
+    return traits.compact_masks and not sliced and (pattern.window is None or passes)
+
+
+def _layers_agree(request: MaskRequest, pattern: Pattern) -> bool:
+    """Whether a layer's own word on causality is the pattern's, whichever layer it is."""
+    traits = compat.traits(request.config)
+    return not (traits.may_not_be_causal if pattern.causal else traits.always_causal)
 
 
 def _captured(x: Tensor) -> bool:
@@ -109,17 +122,20 @@ def _causal(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor |
     if columns is not None:
         padding = columns.gather(padding)
         reach = r.kv_length
+    # one query without a window sees all keys, causal or not
+    agreed = _layers_agree(r, pattern) or (r.q_length == 1 and pattern.window is None)
     if not _takes_compact(r, pattern):
         plain = padding is None and reach == r.kv_length and pattern.window is None
-        return None if plain and not rolled else _dense(r, settings, pattern)
-    if padding is not None:
-        return padding
-    return None if reach == r.kv_length else mask_forms.first_keys(r.batch_size, reach, r.device)
+        return None if plain and agreed and not rolled else _dense(r, settings, pattern)
+    if padding is None and (reach < r.kv_length or not agreed):
+        padding = mask_forms.first_keys(r.batch_size, reach, r.device)
+    return padding if agreed or padding is None else mask_forms.stated(padding)
 
 
 def _bidirectional(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor | None:
     traits = compat.traits(r.config)
-    causal_layers = getattr(r.config, "is_causal", True) is False  # a decoder used as an encoder
+    # a decoder used as an encoder
+    causal_layers = traits.always_causal or getattr(r.config, "is_causal", True) is False
     if not r.bidirectional_skip:
         return _dense(r, settings, pattern)
     padding = _padding(r, r.kv_offset, r.kv_length)

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_attn_kernels import mla_decode
 
-from . import forward, mask_forms, paged
+from . import compat, forward, keywords, mask_forms, packing, paged
 from .cache.layer import PagedLayer, layer_of
 from .forward import Call
 from .models import mla as adapter
@@ -55,7 +55,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
+) -> tuple[Tensor, Tensor | None]:
     """Attention function of ``triton_mla``; see :mod:`.entry`.
 
     Args:
@@ -67,6 +67,7 @@ def attend(
     Raises:
         ValueError: the layer has no latents, or its `kv_b_proj` is not a plain linear layer.
     """
+    attention_mask, kwargs = _read(query, key, attention_mask, kwargs)
     weights = _weights(module, query)
     if not adapter.hands_over(module):  # loaded with another implementation, or unpickled
         if not torch.compiler.is_compiling():
@@ -99,10 +100,37 @@ def attend(
     return out, None
 
 
+def _read(
+    query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """A call's mask and keywords with what they only imply spelled out.
+
+    Raises ValueError for a keyword that may not be ignored.
+    """
+    beside = {name: value for name, value in kwargs.items() if name not in keywords.SERVED}
+    keywords.refuse_unserved(adapter.NAME, beside)
+    if mask is not None and mask.dtype == mask_forms.STATED:
+        mask, kwargs = mask_forms.unstated(mask), kwargs | {"is_causal": True}
+    position_ids = kwargs.get("position_ids")
+    if kwargs.get("cu_seq_lens_q") is None and packing.may_be_packed(
+        position_ids, query.shape[0], query.shape[2]
+    ):
+        told = forward.documents_of(position_ids, mask, query, key)
+        if told is not None:
+            offsets, longest = told
+            kwargs = kwargs | {
+                "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets,
+                "max_length_q": longest, "max_length_k": longest,
+            }  # fmt: skip
+    if compat.records_attentions():
+        kwargs = kwargs | {"output_attentions": True}
+    return mask, kwargs
+
+
 def _dense(
     module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
     kwargs: dict[str, Any],
-) -> tuple[Tensor, None]:  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     return forward.attend(adapter.NAME, OWN_WINDOWS, module, query, keys, values, mask, **kwargs)
 
 
@@ -156,11 +184,11 @@ def _over_pages(
 
 def _plain(visible: mask_forms.Visible, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing that attention over latents lacks."""
-    absent = ("s_aux", "position_bias", "cache", "cu_seq_lens_q")
+    absent = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "indices")
     return (
         visible.dense is None
         and visible.offsets is None
-        and not any(kwargs.get(name) for name in ("softcap", "dropout"))
+        and not any(kwargs.get(name) for name in ("softcap", "dropout", "output_attentions"))
         and all(kwargs.get(name) is None for name in absent)
     )
 

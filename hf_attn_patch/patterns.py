@@ -44,6 +44,7 @@ class MaskRequest(NamedTuple):  # one a step: a frozen dataclass takes three tim
     use_vmap: bool = False
     device: torch.device | str = "cpu"
     config: Any = None
+    named_flash: bool = False  # the model takes its attention for FlashAttention
 
 
 def read_pattern(request: MaskRequest) -> Pattern | None:

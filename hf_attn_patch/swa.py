@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import compat
 from .cache.rolling import RollingCache, RollingLayer, rolling_layers
+from .config_values import layer_value
 from .sinks import sink_columns
 from .swa_settings import SwaSettings, required, store
 
@@ -51,7 +52,7 @@ def configure_swa(model: Any, *, window: int | None = None, sinks: int = 0) -> S
             "model.set_attn_implementation('triton_swa') first"
         )
     if window is None:
-        window = getattr(text, "sliding_window", None)
+        window = layer_value(text, "sliding_window")
         if window is None:
             raise ValueError(
                 f"the config of this {text.model_type!r} model has no sliding_window: pass one, "

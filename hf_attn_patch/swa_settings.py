@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .config_values import layer_value
+
 ATTRIBUTE = "hf_attn_swa"  # on the config, so that it is saved and loaded with the model
 
 
@@ -62,7 +64,7 @@ def required(config: Any) -> SwaSettings:
     found = stored(config)
     if found is not None:
         return found
-    if getattr(config, "sliding_window", None) is None:
+    if layer_value(config, "sliding_window") is None:
         raise ValueError(
             f"attn_implementation='triton_swa' needs a window, and a model of type "
             f"{getattr(config, 'model_type', '?')!r} has none in its config. Call "

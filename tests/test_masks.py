@@ -191,7 +191,11 @@ def test_encoder_padding_is_the_same_for_all_queries() -> None:
     ours = fa2_mask(2, 3, 3, attention_mask=mask, **request)
     assert ours is not None and ours.shape == (2, 1, 1, 3)
     assert not mask_forms.read(ours, 3).banded
-    assert fa2_mask(2, 3, 3, attention_mask=torch.ones_like(mask), **request) is None
+    whole = fa2_mask(2, 3, 3, attention_mask=torch.ones_like(mask), **request)
+    # Llama's layers would be causal if nothing else were said
+    assert mask_forms.read(whole, 3) == Visible(keys=3, banded=False)
+    encoder = request | {"config": transformers.ModernBertConfig()}
+    assert fa2_mask(2, 3, 3, attention_mask=torch.ones_like(mask), **encoder) is None
 
 
 def test_a_decoder_made_bidirectional_does_not_fall_back_to_causal() -> None:
@@ -211,7 +215,7 @@ def test_bidirectional_windows() -> None:
     assert dense is not None and torch.equal(dense[0, 0], (i[:, None] - i).abs() <= 3)
     # a window wider than the text hides nothing
     wide = hf.sliding_window_bidirectional_mask_function(20)
-    assert fa2_mask(1, 9, 9, config=LLAMA, **request | {"mask_function": wide}) is None
+    assert fa2_mask(1, 9, 9, config=modernbert, **request | {"mask_function": wide}) is None
 
 
 def test_packed_form() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import (
-    EVERY,
     TOLERANCE,
     TinyModel,
     assert_close,
@@ -156,26 +154,6 @@ def test_compiled_steps_over_a_static_cache(spec: TinyModel) -> None:
             step = {"past_key_values": cache, "position_ids": torch.tensor([[at]])}
             out = compiled(ids[:, at : at + 1], **step).logits
             assert_close(out, whole[:, at : at + 1])
-
-
-def test_output_attentions_warns_once() -> None:
-    messages: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            messages.append(record.getMessage())
-
-    logger = logging.getLogger("hf_attn_patch.forward")
-    logger.warning_once.cache_clear()  # type: ignore[attr-defined]
-    listener = Listener()
-    logger.addHandler(listener)
-    try:
-        for _ in range(2):
-            out = build(EVERY[0], "triton_fa2")(tokens(1, 4), output_attentions=True)
-    finally:
-        logger.removeHandler(listener)
-    assert not out.attentions or out.attentions[0] is None
-    assert sum("output_attentions" in message for message in messages) == 1
 
 
 @pytest.mark.parametrize("spec", having(lambda s: s.id in ("llama", "t5", "falcon_gqa")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from . import falcon
 
@@ -19,6 +20,7 @@ class FamilyAdapter:
     model_type: str
     install: Callable[[str], None]  # makes the family know an implementation's name
     remove: Callable[[str], None]
+    prepare: Callable[[Any], None]  # a model of the family, while it is built
     unfit: dict[str, str] = field(default_factory=dict)  # implementation: why it is refused
 
 
@@ -29,6 +31,7 @@ ADAPTERS: dict[str, FamilyAdapter] = {
             model_type="falcon",
             install=falcon.install,
             remove=falcon.remove,
+            prepare=falcon.prepare,
             unfit={"triton_paged_flash2": falcon.NOT_BATCHED},
         ),
     )

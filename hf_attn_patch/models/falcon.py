@@ -13,6 +13,7 @@ neither                  ``[heads, 3, head_dim]``              MHA (falcon-rw, A
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -27,6 +28,38 @@ NOT_BATCHED = (
 def install(name: str) -> None:
     """Let Falcon models be built with ``attn_implementation=name``."""
     _classes().setdefault(name, _attention_class(name))
+
+
+def prepare(model: Any) -> None:
+    """Let a Falcon model take cu_seq_lens_q, which its own code drops: as positions, once."""
+    if not any(hook is _positions_of_documents for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_positions_of_documents, with_kwargs=True)
+
+
+def _positions_of_documents(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: cu_seq_lens_q of a row becomes position_ids that start over."""
+    from .. import packing
+    from ..compat import implementation_of
+
+    offsets = kwargs.get("cu_seq_lens_q")
+    attention_class = _classes().get(str(implementation_of(model.config)))
+    if offsets is None or not getattr(attention_class, "__name__", "").startswith(CLASS_OF):
+        return None
+    if "position_ids" not in signature(type(model).forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} does not hand packed sequences (cu_seq_lens_q) on to its "
+            "layers: pad the batch instead"
+        )
+    positions = packing.positions(offsets)
+    given = kwargs.get("position_ids")
+    if given is not None and not torch.equal(given.to(positions), positions):
+        raise ValueError(
+            "Falcon is told of packed sequences by position_ids, and those given are not the ones "
+            "of cu_seq_lens_q, which start at 0 in each sequence: leave position_ids out"
+        )
+    return args, kwargs | {"position_ids": positions}
 
 
 def remove(name: str) -> None:
@@ -77,8 +110,10 @@ def _attention_class(name: str) -> type:
     # made late: importing Falcon's modelling file costs seconds that only Falcon's users should pay
     from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-    from ..forward import Call, run
+    from .. import packing
+    from ..forward import Call, documents_of, run
     from ..swa_settings import OWN_WINDOWS, required
+    from ..weights import attention_weights
 
     class HfAttnFalconAttention(FalconAttention):
         """FalconAttention over the kernels; same weights, a cache of KV heads only."""
@@ -94,7 +129,7 @@ def _attention_class(name: str) -> type:
             output_attentions: bool = False,
             position_embeddings: tuple[Tensor, Tensor] | None = None,
             **kwargs: Any,
-        ) -> tuple[Tensor, None]:
+        ) -> tuple[Tensor, Tensor | None]:
             """hidden_states ``[B, Q, hidden]``; alibi ``[B * H, 1, K]``; same shape back."""
             interleaved = bool(self.new_decoder_architecture or not self.multi_query)
             kv_heads = int(self.num_kv_heads or self.num_heads)
@@ -107,20 +142,27 @@ def _attention_class(name: str) -> type:
             if layer_past is not None:
                 k, v = layer_past.update(k, v, self.layer_idx)
             settings = required(self.config) if name == "triton_swa" else OWN_WINDOWS
-            out = run(
-                Call(
-                    query=q,
-                    key=k,
-                    value=v,
-                    mask=attention_mask,
-                    causal=self.is_causal,
-                    window=settings.narrow(None),
-                    sinks=settings.sinks,
-                    dropout=self._dropout(alibi),
-                    position_bias=self._bias(alibi, attention_mask, q.shape[0]),
-                )
+            told = None
+            if packing.may_be_packed(position_ids, q.shape[0], q.shape[2]):
+                told = documents_of(position_ids, attention_mask, q, k)
+            offsets, longest = (None, 0) if told is None else told
+            call = Call(
+                query=q,
+                key=k,
+                value=v,
+                mask=attention_mask,
+                causal=self.is_causal,
+                window=settings.narrow(None),
+                sinks=settings.sinks,
+                dropout=self._dropout(alibi),
+                position_bias=self._bias(alibi, attention_mask, q.shape[0]),
+                cu_seqlens_q=offsets,
+                cu_seqlens_k=offsets,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
             )
-            return self.dense(out.flatten(2)), None
+            weights = attention_weights(call) if output_attentions else None
+            return self.dense(run(call).flatten(2)), weights
 
         def _dropout(self, alibi: Tensor | None) -> float:
             # the stock layer drops attention weights only beside ALiBi
