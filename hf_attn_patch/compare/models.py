@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "auto": "auto",
@@ -131,13 +135,13 @@ def load(
     """
     import transformers
     import transformers.modeling_utils
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     import hf_attn_patch
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; possible: {', '.join(DTYPES)}")
-    logging.disable_progress_bar()
+    disable_progress_bar()
     choice = {"attn_implementation": spec.implementation} if spec.implementation else {}
     auto: Any = getattr(transformers, kind.auto_class)
     start = time.perf_counter()
@@ -146,6 +150,7 @@ def load(
     except OSError as error:
         raise ValueError(f"cannot load {spec.path!r}: {str(error).splitlines()[0]}") from error
     model.to(device or best_device())
+    _warn_if_slow(model)
     model.eval()
     seconds = time.perf_counter() - start
     if spec.window is not None:
@@ -163,6 +168,19 @@ def load(
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         decodes=kind.decodes,
     )
+
+
+def _warn_if_slow(model: Any) -> None:
+    """A log line where the model's dtype is one that its device multiplies slowly."""
+    from hf_attn_converters.precision import slow_note
+
+    if note := slow_note(model.dtype, model.device, "choose dtype float32 (--dtype float32)"):
+        _warn_once(note)
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def best_device() -> str:
