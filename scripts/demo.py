@@ -31,8 +31,7 @@ from hf_attn_converters.calibration import Calibration
 from hf_attn_converters.checkpoint import open_checkpoint
 from hf_attn_converters.precision import products
 from hf_attn_converters.uptrain import Hooks, UptrainOptions, uptrain
-from hf_attn_patch.cli.common import print_table, progress_bar
-from hf_attn_patch.cli.common import say as say_aside
+from hf_attn_patch.cli.common import print_table, progress_bar, say
 from hf_attn_patch.cli.uptrain import announcement
 from hf_attn_patch.compare import (
     CompareOptions,
@@ -217,8 +216,8 @@ def uptrained(source: Path, student: Path, text: Path, tokens: int) -> Path:
                 eval_tokens=512, attn_implementation="triton_fa2",
             ),
             Hooks(
-                progress=lambda done, total, what: update(output.name, done, total), say=say_aside,
-                announce=lambda estimate: say_aside(announcement(estimate)),
+                progress=lambda done, total, what: update(output.name, done, total), say=say,
+                announce=lambda estimate: say(announcement(estimate)),
             ),
         )  # fmt: skip
     show(f"{output.name}: {tokens:,} tokens, {result.seconds:.1f} s")

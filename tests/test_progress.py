@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 from measure.cores import usable_cores
+from tiny_checkpoints import tiny_checkpoint
+from typer.testing import CliRunner
 
+from hf_attn_patch.cli import app
 from hf_attn_patch.progress import Lines
 
 EVERY = 0.05
@@ -87,6 +90,53 @@ def test_a_pipe_gets_lines_while_the_work_goes_on() -> None:
         assert process.poll() is None
         process.communicate("x", timeout=60)
     assert process.returncode == 0
+
+
+class TestCommands:
+    """What runs for long says what it is at, where there is no terminal to draw on."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        (tmp_path / "text.txt").write_text("all the words that are fit to be measured, " * 200)
+        return tiny_checkpoint(tmp_path / "source", kv_heads=2, tokenizer=True)
+
+    @staticmethod
+    def lines_of(*arguments: object) -> list[str]:
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == 0, result.output
+        return list(result.stderr.splitlines())
+
+    def test_convert(self, source: Path, tmp_path: Path) -> None:
+        lines = self.lines_of(
+            "convert", source, tmp_path / "x", "-n", 1, "--method", "csvd",
+            "--calibration-text", source.parent / "text.txt", "--calibration-tokens", 512,
+        )  # fmt: skip
+        assert lines == ["calibrating ...", "converting ..."]
+
+    def test_compare(self, source: Path) -> None:
+        lines = self.lines_of(
+            "compare", source, source, "--text", source.parent / "text.txt", "--window", 32,
+            "--max-tokens", 64, "--new-tokens", 2, "--context", 8, "--decode-tokens", 2,
+            "--rounds", 1,
+        )  # fmt: skip
+        assert lines == ["loading ...", "quality ...", "generation ...", "speed ..."]
+
+    def test_uptrain(self, source: Path, tmp_path: Path) -> None:
+        lines = self.lines_of(
+            "uptrain", source, "--teacher", source, "--text", source.parent / "text.txt",
+            "--output", tmp_path / "y", "--tokens", 256, "--sequence-length", 32,
+            "--batch-size", 2, "--evaluations", 1, "--device", "cpu",
+        )  # fmt: skip
+        assert lines[0].startswith("precision ") and "this processor" in lines[0]
+        assert lines[1].startswith("student: 256 tokens in 4 steps of 64")
+        assert "training student ..." in lines
+        assert lines[-1].startswith("student, step 4: held-out kl ")
+
+    def test_bench(self, source: Path) -> None:
+        lines = self.lines_of(
+            "bench", "short", source, "--prompts", 16, "--new-tokens", 2, "--rounds", 1
+        )
+        assert lines == ["source: 16 and 2 tokens"]
 
 
 class TestCores:

@@ -53,7 +53,9 @@ class SourceModel:
 
     def __init__(self, work: Work, device: str = "cpu", tokens_at_once: int = 1024) -> None:
         import transformers
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self.work, self.device, self.tokens_at_once = work, device, tokens_at_once
         family, folder = work.family, work.source.folder
         self.model = getattr(transformers, family.auto_class).from_pretrained(
