@@ -45,7 +45,7 @@ from hf_attn_patch.compare.page import write_report
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "examples" / "text" / "state_of_the_union.txt"
 PROMPTS = ROOT / "examples" / "text" / "prompts.txt"
-EVALUATED = 2048  # tokens of the text's beginning on which conversions are judged
+EVALUATED = 1536  # tokens of the text's beginning on which conversions are judged
 CALIBRATED = 8192  # tokens of the rest: csvd comes nearly as far as with six times as many
 
 # Wider than any text here: every token is seen, so the tokens must be those of full attention.
@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=ROOT / ".cache", help="downloads and outputs")
     parser.add_argument("--report", type=Path, default=ROOT / "report.html")
     parser.add_argument("--new-tokens", type=int, default=16, help="greedy tokens per prompt")
-    parser.add_argument("--uptrain-tokens", type=int, default=8192)
+    parser.add_argument("--uptrain-tokens", type=int, default=6144)
     parser.add_argument("--context", type=int, default=512, help="prompt tokens when timing")
     threads, why = usable_cores()
     parser.add_argument("--threads", type=int, default=threads, help=f"{threads} here: {why}")
