@@ -145,8 +145,7 @@ def in_pages(source: Path, options: argparse.Namespace) -> None:
     from hf_attn_patch import PagedCache
 
     heading("2. All prompts at once, from a cache in pages")
-    load = AutoModelForCausalLM.from_pretrained
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
     inputs: Any
@@ -158,9 +157,16 @@ def in_pages(source: Path, options: argparse.Namespace) -> None:
     else:
         inputs = tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
     how: dict[str, Any] = {"max_new_tokens": options.new_tokens, "do_sample": False}
-    model: Any = load(source, attn_implementation="sdpa", dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        source, attn_implementation="sdpa", dtype=torch.float32, trust_remote_code=False
+    )
     expected = model.generate(**inputs, **how)
-    model = load(source, attn_implementation="triton_paged_flash2", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        attn_implementation="triton_paged_flash2",
+        dtype=torch.float32,
+        trust_remote_code=False,
+    )
     cache = PagedCache(model)
     found = model.generate(**inputs, **how, past_key_values=cache)
     stats = cache.stats()

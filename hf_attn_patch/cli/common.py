@@ -46,8 +46,17 @@ class CommandGroup(TyperGroup):
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if os.environ.get("HF_ATTN_DEBUG"):
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {_told(error)}", err=True)
             raise typer.Exit(MISUSE if isinstance(error, ValueError) else FAILED) from None
+
+
+def _told(error: Exception) -> str:
+    """An error's words; transformers' own, that code must be trusted, in one line for a command."""
+    words = str(error)
+    if isinstance(error, ValueError) and "trust_remote_code" in words:
+        first = words.splitlines()[0].strip().rstrip(".")
+        return f"{first}; hf-attn runs no code that lies in a checkpoint"
+    return words
 
 
 def print_json(value: Any) -> None:

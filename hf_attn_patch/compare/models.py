@@ -100,7 +100,7 @@ def kind_of(path: str) -> Kind:
     import hf_attn_patch  # noqa: F401  registers the encoder classes with fewer KV heads
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot load {path!r}: {str(error).splitlines()[0]}") from error
     if getattr(config, "is_encoder_decoder", False):
@@ -146,7 +146,9 @@ def load(
     auto: Any = getattr(transformers, kind.auto_class)
     start = time.perf_counter()
     try:
-        model: Any = auto.from_pretrained(spec.path, dtype=DTYPES[dtype], **choice)
+        model: Any = auto.from_pretrained(
+            spec.path, dtype=DTYPES[dtype], **choice, trust_remote_code=False
+        )
     except OSError as error:
         raise ValueError(f"cannot load {spec.path!r}: {str(error).splitlines()[0]}") from error
     model.to(device or best_device())
@@ -156,9 +158,11 @@ def load(
     if spec.window is not None:
         hf_attn_patch.configure_swa(model, window=spec.window, sinks=spec.sinks)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
-    except (OSError, ValueError):  # none in the folder
-        tokenizer = None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):  # there is one, with code of its own
+            raise
+        tokenizer = None  # none in the folder
     return LoadedModel(
         spec=spec,
         label=label or spec.label,
