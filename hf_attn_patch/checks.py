@@ -72,7 +72,7 @@ def _resolve(subject: Any) -> tuple[compat.PreTrainedModel | None, Any]:
         return None, subject
     from transformers import AutoConfig
 
-    return None, AutoConfig.from_pretrained(subject)
+    return None, AutoConfig.from_pretrained(subject, trust_remote_code=False)
 
 
 def _model_verdict(

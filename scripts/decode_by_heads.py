@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _config() -> Any:
     from transformers import AutoConfig
 
-    return AutoConfig.from_pretrained(FIXTURE)
+    return AutoConfig.from_pretrained(FIXTURE, trust_remote_code=False)
 
 
 def timed(
@@ -136,7 +136,10 @@ def random_model(config: Any, variant: Variant) -> LoadedModel:
     spec = variant.spec(str(FIXTURE))
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(
-        config, attn_implementation=spec.implementation, dtype=torch.float32
+        config,
+        attn_implementation=spec.implementation,
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     model.eval()
     if variant.window is not None:

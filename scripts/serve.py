@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: --page-size {args.page_size} is not a multiple of 16", file=sys.stderr)
         return 2
     import hf_attn_patch  # noqa: F401  (registers the implementations)
+    from hf_attn_converters.precision import slow_note
 
     try:
         from transformers.cli.serve import Serve
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"transformers has given {type(model).__name__} {found!r}, not {IMPLEMENTATION!r}"
             )
+        if note := slow_note(model.dtype, model.device, "serve it with --dtype float32"):
+            print(f"warning: {note}", file=sys.stderr, flush=True)
         url = f"http://{args.host}:{args.port}/v1"
         print(f"{args.model} is served with {found} at {url}", flush=True)
         server._thread.join()

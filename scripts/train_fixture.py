@@ -21,6 +21,8 @@ import torch
 from measure.texts import read_plain, split
 from torch import Tensor
 
+from hf_attn_converters.precision import products
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
@@ -132,7 +134,7 @@ def train(
     while (share := (time.perf_counter() - start) / seconds) < 1:
         lr = PEAK_LR * min(1, (len(losses) + 1) / WARM_UP) * decay(share)
         ids = batch()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=products(torch.bfloat16).fast):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)

@@ -14,7 +14,7 @@ import pytest
 from tiny_checkpoints import edit_config, tiny_checkpoint
 from typer.testing import CliRunner
 
-from hf_attn_patch import list_implementations
+from hf_attn_patch import __version__, list_implementations
 from hf_attn_patch.cli import app
 
 COMMANDS = ["list", "check", "generate", "convert", "compare", "bench"]
@@ -52,6 +52,11 @@ def test_help(command: list[str]) -> None:
 )  # fmt: skip
 def test_misuse_is_exit_code_2(arguments: list[str]) -> None:
     assert invoke(*arguments).exit_code == 2
+
+
+def test_version() -> None:
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"hf-attn-patch {__version__}\n")
 
 
 def test_list() -> None:

@@ -52,8 +52,6 @@ def arguments(tmp_path: Path) -> list[str]:
             "4",
             "--context",
             "150",
-            "--fit-steps",
-            "2",
             "--uptrain-tokens",
             "512",
         ),
@@ -68,8 +66,12 @@ def test_it_runs_twice(
         said = capsys.readouterr().out
         assert "largest difference 0.0" in said
         assert "The tokens are those of sdpa." in said
+        assert said.startswith("1 threads; ")
+        times = said[said.index("What took how long") :]
+        parts = ("implementations", "pages", "there and back", "conversion by csvd", "uptraining")
+        assert all(part in times for part in (*parts, "comparison"))
         report = (tmp_path / "report.html").read_text()
-        for name in ("tiny-mqa-mean", "tiny-mqa-csvd-fit", "tiny-mqa-csvd-fit-uptrained"):
+        for name in ("tiny-mqa-mean", "tiny-mqa-csvd", "tiny-mqa-csvd-uptrained"):
             assert name in report
 
 

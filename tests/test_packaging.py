@@ -115,6 +115,14 @@ RULES = (
         never=frozenset({"triton"}),
         lazily=frozenset({"hf_attn_converters"}),
     ),
+    *(  # ask it which dtypes the device multiplies fast
+        ImportRule(
+            part=f"hf_attn_patch/{file}.py",
+            never=frozenset({"triton"}),
+            lazily=frozenset({"hf_attn_converters"}),
+        )
+        for file in ("compare/models", "bench/options")
+    ),
     ImportRule(part="hf_attn_patch/bench/fa1.py", only=frozenset({"torch", "triton"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
     ImportRule(part="scripts", lazily=frozenset({"triton", "transformers"})),

@@ -66,7 +66,8 @@ def _tokens(
     if path.exists():
         tensors, about = _load(path)
         return Tokens(tensors["ids"], about["origin"])
-    found = calibration_tokens(settings, work.source.folder, source.model, progress)
+    with source.products():
+        found = calibration_tokens(settings, work.source.folder, source.model, progress)
     together = rows_at_once(found.ids, settings.fit.step_tokens)
     found = replace(found, ids=found.ids[: len(found.ids) // together * together].contiguous())
     _save(path, {"ids": found.ids}, {"origin": found.origin})

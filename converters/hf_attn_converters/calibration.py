@@ -130,7 +130,9 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     if not has_tokenizer(folder):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
     return tokenizer
 
 

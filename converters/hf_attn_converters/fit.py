@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .precision import products
 from .source_model import Call
 
 
@@ -119,11 +120,6 @@ def _batches(uses: Sequence[Use], steps: int, seed: int) -> list[tuple[Use, Tens
 
 
 def _autocast(like: Tensor) -> Any:
-    """bfloat16 matmuls where the processor multiplies them faster, with float32 weights."""
-    return torch.autocast(like.device.type, torch.bfloat16, enabled=_has_fast_bfloat16(like.device))
-
-
-def _has_fast_bfloat16(device: torch.device) -> bool:
-    if device.type != "cpu":
-        return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """bfloat16 products where the device has them fast, with float32 weights."""
+    fast = products(torch.bfloat16, like.device).fast
+    return torch.autocast(like.device.type, torch.bfloat16, enabled=fast)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .precision import WideProducts, products
 from .work import Work
 
 
@@ -52,7 +53,9 @@ class SourceModel:
 
     def __init__(self, work: Work, device: str = "cpu", tokens_at_once: int = 1024) -> None:
         import transformers
+        from transformers.utils.logging import disable_progress_bar
 
+        disable_progress_bar()
         self.work, self.device, self.tokens_at_once = work, device, tokens_at_once
         family, folder = work.family, work.source.folder
         self.model = getattr(transformers, family.auto_class).from_pretrained(
@@ -120,8 +123,13 @@ class SourceModel:
 
     def _forward(self, ids: Tensor) -> None:
         kwargs = {"use_cache": False} if self.model.can_generate() else {}
-        with suppress(_Stop):
+        with suppress(_Stop), self.products():
             self.model(input_ids=ids, **kwargs)
+
+    def products(self) -> AbstractContextManager[Any]:
+        """For running the whole model: float32 products where those of its dtype are slow."""
+        slow = not products(self.model.dtype, self.model.device).fast
+        return WideProducts() if slow else nullcontext()
 
     @contextmanager
     def _watching(self, take: Callable[[int, Tensor, Call], None]) -> Iterator[None]:

@@ -38,7 +38,7 @@ def described(file: Path) -> Iterator[Path]:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     name = next(key for key, value in FLOAT_DTYPES.items() if value == dtype)
     parameters = model.named_parameters()  # a tied one has one name
     infos = [TensorInfo(key, name, tuple(p.shape)) for key, p in parameters]
@@ -59,7 +59,11 @@ def dequantize(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype, output_loading_info=True
+        file.parent,
+        gguf_file=file.name,
+        dtype=dtype,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     model, found = loaded
     if found["missing_keys"]:  # transformers would fill them with random numbers
@@ -71,7 +75,9 @@ def dequantize(file: Path, folder: Path) -> None:
         del model.hf_quantizer
     model.save_pretrained(folder, max_shard_size="5GB")
     if "tokenizer.ggml.model" in GGUFReader(file).fields:
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        ).save_pretrained(folder)
     if not any((folder / weights).exists() for weights in (SINGLE, INDEX)):
         raise OSError(f"{folder}: transformers wrote no safetensors")
 
@@ -86,7 +92,9 @@ def _open(file: Path) -> tuple[Any, torch.dtype]:
 
     try:
         reader = GGUFReader(file)
-        config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        config = AutoConfig.from_pretrained(
+            file.parent, gguf_file=file.name, trust_remote_code=False
+        )
     except (ValueError, KeyError, IndexError, OSError, RuntimeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file.name} cannot be read as GGUF: {first}") from None

@@ -148,7 +148,7 @@ def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
     from transformers import AutoTokenizer
 
     text = text or Text(BUILT_IN, "built-in")
-    tokenizer = AutoTokenizer.from_pretrained(work.source.folder)
+    tokenizer = AutoTokenizer.from_pretrained(work.source.folder, trust_remote_code=False)
     found = tokenizer(text.words, return_tensors="pt", truncation=True, max_length=limit)
     return found["input_ids"].long(), text.name
 

@@ -131,7 +131,7 @@ def read_prompts(
 
     raw = text.read_bytes()
     corpus = (lzma.decompress(raw) if text.suffix == ".xz" else raw).decode()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     prompts = []
     for n, length in enumerate(lengths(requests, shortest, longest)):
         start = len(corpus) * n // requests

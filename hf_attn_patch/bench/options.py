@@ -172,10 +172,23 @@ def options_of(benchmark: str) -> list[Option]:
 def run(benchmark: str, given: dict[str, Any], say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Run a benchmark with what a command line gave; `say` is told what it is about to measure."""
     module = importlib.import_module(f"{__package__}.{benchmark}")
+    if note := _slow(given):
+        say(note)
     if "say" in inspect.signature(module.run).parameters:
         given = given | {"say": say}
     found: list[dict[str, Any]] = module.run(**given)
     return found
+
+
+def _slow(given: dict[str, Any]) -> str | None:
+    """That the dtype asked for is one which the device multiplies slowly."""
+    if given.get("dtype") != "bfloat16" and "bf16" not in given.get("dtypes", ()):
+        return None
+    import torch
+
+    from hf_attn_converters.precision import slow_note
+
+    return slow_note(torch.bfloat16, given.get("device", "cpu"), "float32 is what people run here")
 
 
 # --- what was found, for a reader ----------------------------------------------------------------

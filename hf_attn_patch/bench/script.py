@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..progress import Lines
 from . import options
 from .options import Option
 
@@ -49,7 +50,8 @@ def main(benchmark: str, argv: Sequence[str] | None = None) -> int:
     given = vars(parser_of(benchmark).parse_args(argv))
     as_json = given.pop("json")
     try:
-        found = options.run(benchmark, given, say=lambda line: print(line, file=sys.stderr))
+        with Lines(lambda line: print(line, file=sys.stderr, flush=True)) as lines:
+            found = options.run(benchmark, given, say=lines.begin)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1

@@ -113,7 +113,7 @@ def load(name: str, impl: str, dtype: str, device: str) -> Any:
     wanted = getattr(torch, dtype)
     if name not in SHAPES:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=wanted, attn_implementation=impl
+            name, dtype=wanted, attn_implementation=impl, trust_remote_code=False
         )
         return model.to(device).eval()
     torch.manual_seed(0)

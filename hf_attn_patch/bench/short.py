@@ -85,7 +85,7 @@ def _model(checkpoint: Path, dtype: str) -> Any:
     import hf_attn_patch  # noqa: F401  (registers the implementations)
 
     return AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=getattr(torch, dtype), attn_implementation=BASE
+        checkpoint, dtype=getattr(torch, dtype), attn_implementation=BASE, trust_remote_code=False
     ).eval()
 
 

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from hf_attn_patch.bench import options
+from hf_attn_patch.progress import Lines
 
-from .common import JsonOption, print_json, print_table
+from .common import JsonOption, print_json, print_table, say
 
 bench_app = typer.Typer(no_args_is_help=True, help="Run a benchmark.")
 
@@ -24,7 +25,8 @@ def command_of(benchmark: str) -> Callable[..., None]:
     """A benchmark as typer wants it: a function whose parameters are the options."""
 
     def command(json: bool, **given: Any) -> None:
-        found = options.run(benchmark, given, say=lambda line: typer.echo(line, err=True))
+        with Lines(say) as lines:
+            found = options.run(benchmark, given, say=lines.begin)
         if json:
             print_json(found)
             return

@@ -68,6 +68,6 @@ def _config(model: str) -> object:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error

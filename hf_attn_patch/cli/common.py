@@ -46,8 +46,17 @@ class CommandGroup(TyperGroup):
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             if os.environ.get("HF_ATTN_DEBUG"):
                 raise
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {_told(error)}", err=True)
             raise typer.Exit(MISUSE if isinstance(error, ValueError) else FAILED) from None
+
+
+def _told(error: Exception) -> str:
+    """An error's words; transformers' own, that code must be trusted, in one line for a command."""
+    words = str(error)
+    if isinstance(error, ValueError) and "trust_remote_code" in words:
+        first = words.splitlines()[0].strip().rstrip(".")
+        return f"{first}; hf-attn runs no code that lies in a checkpoint"
+    return words
 
 
 def print_json(value: Any) -> None:
@@ -87,12 +96,24 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], title: str
 
 @contextmanager
 def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Callable[..., None]]:
-    """A bar on stderr; gives `update(what, done, total)`. A new `what` begins a new bar.
+    """Progress on stderr; gives `update(what, done, total)`. A new `what` begins a new bar.
 
+    Without a terminal there are lines in the place of bars, see `hf_attn_patch.progress`.
     `in_bytes` shows amounts as bytes and bytes/s; `update(..., in_bytes=...)` says so of one bar.
     """
     from rich import progress
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if quiet:
+        yield lambda what, done, total, in_bytes=False: None
+        return
+    if not console.is_terminal:
+        from hf_attn_patch.progress import Lines
+
+        with Lines(say) as lines:
+            yield lines.update
+        return
 
     class Amount(progress.ProgressColumn):
         """Done of total, as a count or as bytes with their rate."""
@@ -105,23 +126,24 @@ def progress_bar(*, quiet: bool = False, in_bytes: bool = False) -> Iterator[Cal
                 return self.count.render(task)
             return self.size.render(task) + " " + self.rate.render(task)
 
-    console = Console(stderr=True)
     bar = progress.Progress(
         progress.TextColumn("{task.description}"),
         progress.BarColumn(),
         Amount(),
         progress.TimeRemainingColumn(),
         console=console,
-        disable=quiet or not console.is_terminal,
     )
     tasks: dict[str, progress.TaskID] = {}
 
     def update(what: str, done: int, total: int, in_bytes: bool = in_bytes) -> None:
         if what not in tasks:
             tasks[what] = bar.add_task(what, total=total, in_bytes=in_bytes)
-            if not (quiet or console.is_terminal):
-                typer.echo(f"{what} ...", err=True)  # a log gets one line, not a bar
         bar.update(tasks[what], completed=done, total=total)
 
     with bar:
         yield update
+
+
+def say(line: str) -> None:
+    """A line on stderr, at once."""
+    typer.echo(line, err=True)

@@ -59,6 +59,11 @@ def estimate_command(
         f"{chip.gbytes_s:,.0f} GB/s, {chip.gbytes:.0f} GB ({chip.source}); batch {batch}, "
         f"context {context:,}"
     )
+    if shape.element_size < 4 and chip.tflops < chip.float32_tflops:
+        typer.echo(
+            f"{chip.title} multiplies {shape.dtype} slower than float32 ({chip.tflops:.2g} against "
+            f"{chip.float32_tflops:.2g} TFLOP/s): --dtype float32 shows what that costs in memory"
+        )
     print_table(*_table(found, shape.kv_heads))
     if rows:
         header = ["measured", "batch", "context", "prefill tok/s", "of roofline",

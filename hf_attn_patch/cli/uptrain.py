@@ -59,8 +59,11 @@ def uptrain_command(
     batch_size: Annotated[int, typer.Option(help="Rows at once, of each process.")] = 8,
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
     precision: Annotated[
-        str, typer.Option(help="bf16 (arithmetic), bf16-weights or float32.")
-    ] = "bf16",
+        str,
+        typer.Option(
+            help="bf16 (arithmetic), bf16-weights or float32; auto: bf16 where that is fast."
+        ),
+    ] = "auto",
     gradient_checkpointing: Annotated[
         bool, typer.Option(help="Compute activations twice to save memory.")
     ] = False,

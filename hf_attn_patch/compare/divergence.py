@@ -87,7 +87,7 @@ def measure_quality(
         for i, model in enumerate(models):
             logits = _logits(model, window) if i else source
             _add(found[i], window, logits, source if i else None)
-        progress(window.scored)
+            progress(window.scored)
     base = torch.cat(found[0].nll).double()
     if units is None:
         units = blocks_of(len(base))

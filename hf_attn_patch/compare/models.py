@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {
     "auto": "auto",
@@ -96,7 +100,7 @@ def kind_of(path: str) -> Kind:
     import hf_attn_patch  # noqa: F401  registers the encoder classes with fewer KV heads
 
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot load {path!r}: {str(error).splitlines()[0]}") from error
     if getattr(config, "is_encoder_decoder", False):
@@ -131,29 +135,34 @@ def load(
     """
     import transformers
     import transformers.modeling_utils
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
     import hf_attn_patch
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; possible: {', '.join(DTYPES)}")
-    logging.disable_progress_bar()
+    disable_progress_bar()
     choice = {"attn_implementation": spec.implementation} if spec.implementation else {}
     auto: Any = getattr(transformers, kind.auto_class)
     start = time.perf_counter()
     try:
-        model: Any = auto.from_pretrained(spec.path, dtype=DTYPES[dtype], **choice)
+        model: Any = auto.from_pretrained(
+            spec.path, dtype=DTYPES[dtype], **choice, trust_remote_code=False
+        )
     except OSError as error:
         raise ValueError(f"cannot load {spec.path!r}: {str(error).splitlines()[0]}") from error
     model.to(device or best_device())
+    _warn_if_slow(model)
     model.eval()
     seconds = time.perf_counter() - start
     if spec.window is not None:
         hf_attn_patch.configure_swa(model, window=spec.window, sinks=spec.sinks)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path)
-    except (OSError, ValueError):  # none in the folder
-        tokenizer = None
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):  # there is one, with code of its own
+            raise
+        tokenizer = None  # none in the folder
     return LoadedModel(
         spec=spec,
         label=label or spec.label,
@@ -163,6 +172,19 @@ def load(
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         decodes=kind.decodes,
     )
+
+
+def _warn_if_slow(model: Any) -> None:
+    """A log line where the model's dtype is one that its device multiplies slowly."""
+    from hf_attn_converters.precision import slow_note
+
+    if note := slow_note(model.dtype, model.device, "choose dtype float32 (--dtype float32)"):
+        _warn_once(note)
+
+
+@functools.cache
+def _warn_once(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def best_device() -> str:

@@ -152,7 +152,7 @@ def _with_quality(
     tokens, units, name = tokenize_documents(models[0].tokenizer, documents, options.max_tokens)
     _check_length(tokens, options)
     windows = sliding_windows(tokens, window=options.window, stride=options.stride)
-    step = _counter(progress, "quality", len(tokens) - 1)
+    step = _counter(progress, "quality", len(models) * (len(tokens) - 1))
     return replace(found, quality=measure_quality(models, windows, step, units[1:]), units=name)
 
 

@@ -124,7 +124,7 @@ def read_shape(path: str, dtype: str | None = None) -> Shape:
     import hf_attn_patch  # noqa: F401  registers its own model classes
 
     try:
-        whole: Any = AutoConfig.from_pretrained(path)
+        whole: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
     config: Any = whole.get_text_config(decoder=True)
@@ -137,7 +137,7 @@ def read_shape(path: str, dtype: str | None = None) -> Shape:
             f"{path}: {config.model_type} is no decoder, it has no KV cache to estimate"
         )
     with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     latent = getattr(config, "kv_lora_rank", None) is not None
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -30,7 +30,7 @@ def embedding_scores(
     """Cosine between the embeddings of `size` sentences: mean of the tokens' hidden states."""
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     chosen = spread(sentences(text), size, "sentences of 8 to 40 words")
     chosen.sort(key=len)  # so that a batch needs little padding
     batches = [
@@ -40,7 +40,9 @@ def embedding_scores(
     tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
 
     def embeddings(folder: Path) -> Tensor:
-        model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        model: Any = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         found = []
         for batch in batches:
             hidden = model(**batch).last_hidden_state
@@ -64,7 +66,7 @@ def masked_scores(
     """Each token of `size` lines, or all, masked in turn: is it found, and how like the source?"""
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     lines = [line for line in text.splitlines() if line.strip()]
     lines = spread(lines, max(1, min(size, len(lines))), "lines")
     rows = [masked_rows(tokenizer, line) for line in lines]
@@ -101,7 +103,9 @@ def _log_probs(folder: Path, lines: Sequence[tuple[Tensor, Tensor, Tensor]]) -> 
     """[masked tokens, V]."""
     from transformers import AutoModelForMaskedLM
 
-    model: Any = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AutoModelForMaskedLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     found = []
     for rows, places, _ in lines:
         for ids, place in zip(rows.split(BATCH), places.split(BATCH), strict=True):

@@ -26,7 +26,7 @@ def language_scores(
     models = [load(parse_spec(str(path)), dtype="float32") for path in (source, *outputs)]
     positions = models[0].model.config.max_position_embeddings
     windows = spread_windows(models[0].tokenizer, text, size, min(WINDOW, positions))
-    done, total = 0, sum(window.scored for window in windows)
+    done, total = 0, len(models) * sum(window.scored for window in windows)
 
     def step(tokens: int) -> None:
         nonlocal done

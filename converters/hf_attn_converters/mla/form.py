@@ -55,7 +55,7 @@ class Latents:
         from transformers import AutoConfig
 
         assert self.rotation is not None
-        known = AutoConfig.from_pretrained(work.source.folder)
+        known = AutoConfig.from_pretrained(work.source.folder, trust_remote_code=False)
         config = config_of(work.source.config, known, self.sizes, self.rotation)
         return config | architectures_after(work)
 

@@ -73,6 +73,12 @@ def uses_cpu(device: str | None) -> bool:
     return device == "cpu" or not torch.cuda.is_available()
 
 
+def training_device(device: str | None) -> str:
+    """Where the Trainer will run: an accelerator if there is one, unless cpu is asked for."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device == "cpu" or accelerator is None else accelerator.type
+
+
 def free_bytes(device: str | None) -> tuple[int, str]:
     """(free memory of the device that training will run on, what to call it)."""
     if not uses_cpu(device):

@@ -26,7 +26,7 @@ def outline(folder: Path) -> PreTrainedModel:
 
     with torch.device("meta"):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder)
+            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
@@ -49,7 +49,9 @@ def load_model(
         from transformers.distributed.configuration_utils import DistributedConfig
 
         choice["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **choice)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, **choice, trust_remote_code=False
+    )
     return model
 
 
@@ -61,7 +63,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer; put the source's tokenizer files there")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -71,7 +75,10 @@ def check_same_words(student: Path, teacher: Path) -> None:
 
     from ..checkpoint import has_tokenizer
 
-    sizes = [AutoConfig.from_pretrained(f).get_text_config().vocab_size for f in (student, teacher)]
+    sizes = [
+        AutoConfig.from_pretrained(f, trust_remote_code=False).get_text_config().vocab_size
+        for f in (student, teacher)
+    ]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{student.name} has {sizes[0]} tokens in its vocabulary, its teacher {teacher.name} "

@@ -12,8 +12,10 @@ from typing import Any
 # share of the KL; the rest is cross-entropy. None: `kl_share` says
 LOSSES: dict[str, float | None] = {"kl": 1.0, "ce": 0.0, "mix": None}
 TRAINED = ("attention", "all")
-# bf16: float32 weights, bfloat16 arithmetic (autocast); bf16-weights: bfloat16 weights too
-PRECISIONS = ("float32", "bf16", "bf16-weights")
+# bf16: float32 weights, bfloat16 arithmetic (autocast); bf16-weights: bfloat16 weights too;
+# auto: bf16 where the device multiplies it fast, else float32
+AUTO = "auto"
+PRECISIONS = (AUTO, "float32", "bf16", "bf16-weights")
 
 SHARE = 1e-4  # of the pretraining's tokens, where those are given
 # Without them: a share of what is usual for so many weights (Hoffmann et al., arXiv:2203.15556).
@@ -66,7 +68,10 @@ class UptrainOptions:
     batch_size: int = field(default=8, metadata={"help": "Rows at once, of each process."})
     accumulate: int = field(default=1, metadata={"help": "Batches per step."})
     precision: str = field(
-        default="bf16", metadata={"help": "bf16 (arithmetic), bf16-weights or float32."}
+        default=AUTO,
+        metadata={
+            "help": "bf16 (arithmetic), bf16-weights or float32; auto: bf16 where that is fast."
+        },
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute activations twice to save memory."}

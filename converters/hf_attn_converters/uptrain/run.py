@@ -11,16 +11,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..card import CARD, read_card, version
 from ..checkpoint import open_checkpoint
 from ..journal import differences, sha256_of
 from ..output import MARKER, check_destination, locked, partial_folder
+from ..precision import products, slow_note
 from ..text import public_name
 from .data import EVAL_ROWS, ROWS, write_rows
 from .hooks import Hooks
-from .memory import check_fits, free_bytes, in_one_memory, need, uses_cpu
+from .memory import check_fits, free_bytes, in_one_memory, need, training_device, uses_cpu
 from .models import check_same_words, choose_trained, count, load_tokenizer, outline, positions_of
-from .options import UptrainOptions
+from .options import AUTO, UptrainOptions
 from .record import UPTRAIN_RECORD, card_with, recovered
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def uptrain(options: UptrainOptions, hooks: Hooks | None = None) -> UptrainResul
     """
     begin = time.perf_counter()
     hooks = hooks or Hooks()
-    options = checked(options)
+    options = checked(with_precision(options, hooks.say))
     from .training import save_model, train_one, training_arguments
 
     output, work = Path(options.output), partial_folder(Path(options.output))
@@ -100,6 +103,21 @@ def checked(options: UptrainOptions) -> UptrainOptions:
     check_fits(in_one_memory(found, on_cpu=uses_cpu(options.device)), *free_bytes(options.device))
     length = min(options.sequence_length, positions_of(model) or options.sequence_length)
     return replace(options, sequence_length=length, tokens=options.budget(weights))
+
+
+def with_precision(options: UptrainOptions, say: Callable[[str], None]) -> UptrainOptions:
+    """The options with a precision of the device in the place of auto; `say` is told which, and
+    why, and warned of one that will be slow there."""
+    device = training_device(options.device)
+    if options.precision == AUTO:
+        found = products(torch.bfloat16, device)
+        options = replace(options, precision="bf16" if found.fast else "float32")
+        say(f"precision {options.precision}: {found.why}")
+        return options
+    note = slow_note(torch.bfloat16, device, "use --precision auto or float32")
+    if note and options.precision != "float32":
+        say(f"precision {options.precision}: {note}")
+    return options
 
 
 def _prepare(options: UptrainOptions, work: Path) -> None:

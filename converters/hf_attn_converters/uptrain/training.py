@@ -173,7 +173,7 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    stored = getattr(AutoConfig.from_pretrained(student), "dtype", None)
+    stored = getattr(AutoConfig.from_pretrained(student, trust_remote_code=False), "dtype", None)
     return trainer, stored if isinstance(stored, torch.dtype) else torch.float32
 
 
