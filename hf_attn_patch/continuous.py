@@ -54,9 +54,7 @@ class Batch:
 # what other calls are served and continuous batching is not
 NOT_OVER_PAGES = ("indices", "output_attentions", "position_bias")
 # what the manager says of its batch, in one release or another, and this does not need
-MANAGERS = frozenset(
-    {"logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"}
-)
+MANAGERS = frozenset({"logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"})
 
 
 def _refuse_unserved(given: dict[str, Any]) -> None:
