@@ -28,7 +28,7 @@ from measure.cores import usable_cores
 
 from hf_attn_converters import convert
 from hf_attn_converters.calibration import Calibration
-from hf_attn_converters.checkpoint import open_checkpoint
+from hf_attn_converters.io.checkpoint import open_checkpoint
 from hf_attn_converters.precision import products
 from hf_attn_converters.uptrain import Hooks, UptrainOptions, uptrain
 from hf_attn_patch.cli.common import print_table, progress_bar, say

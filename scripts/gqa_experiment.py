@@ -189,7 +189,7 @@ class Lab:
         from hf_attn_converters import METHODS as KNOWN
         from hf_attn_converters import convert
         from hf_attn_converters.calibration import Calibration
-        from hf_attn_converters.fit import FitSettings
+        from hf_attn_converters.calibration.fit import FitSettings
 
         if cell.method == CONTROL:
             return self.source, 0.0

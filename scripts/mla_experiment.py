@@ -286,7 +286,7 @@ def head_width(args: argparse.Namespace) -> int:
     from measure.subjects import SUBJECTS
 
     from hf_attn_converters import family_of
-    from hf_attn_converters.checkpoint import open_checkpoint
+    from hf_attn_converters.io.checkpoint import open_checkpoint
 
     config = open_checkpoint(args.checkpoint or SUBJECTS[args.subject].checkpoint).config
     return 2 * family_of(config).head_dim(config)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hf_attn_converters import convert
-from hf_attn_converters.calibration import RANDOM_TOKENS, Calibration
+from hf_attn_converters.calibration import Calibration
+from hf_attn_converters.calibration.tokens import RANDOM_TOKENS
 
 QUICK = Calibration(tokens=1024, sequence_length=32, without_text=RANDOM_TOKENS)
 # head_dim 8: two KV heads are 16 columns of K and 16 of V

@@ -12,11 +12,11 @@ from family_cases import CASES, Case
 from tiny_checkpoints import tiny_checkpoint
 from torch import Tensor
 
-from hf_attn_converters.attention import Attended, weights_of
-from hf_attn_converters.measure import DAMPING, Watch
-from hf_attn_converters.plan import plan_conversion
-from hf_attn_converters.source_model import SourceModel
-from hf_attn_converters.work import Work
+from hf_attn_converters.calibration.attention_maps import Attended, weights_of
+from hf_attn_converters.calibration.source_model import SourceModel
+from hf_attn_converters.calibration.statistics import DAMPING, Watch
+from hf_attn_converters.conversion import Work
+from hf_attn_converters.heads.plan import plan_conversion
 
 ONE_HEAD = ("falcon_mqa", "falcon_mqa_serial", "gpt_bigcode")  # nothing to merge
 ALIBI = ("falcon_mha",)  # transformers' eager adds its bias twice

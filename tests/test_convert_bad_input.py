@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 from typer.testing import CliRunner
 
-from hf_attn_converters.checkpoint import INDEX
+from hf_attn_converters.io.checkpoint import INDEX
 from hf_attn_patch.cli import app
 
 K0 = "model.layers.0.self_attn.k_proj.weight"
@@ -213,7 +213,7 @@ def test_unknown_method_lists_the_known(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny_checkpoint(tmp_path / "a", kv_heads=4)
-    monkeypatch.setattr("hf_attn_converters.work.free_bytes", lambda target: 1000)
+    monkeypatch.setattr("hf_attn_converters.conversion.free_bytes", lambda target: 1000)
     result = CliRunner().invoke(
         app, ["convert", str(source), str(tmp_path / "b"), "-n", "1", "--method", "mean"]
     )

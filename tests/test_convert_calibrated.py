@@ -15,16 +15,12 @@ from tiny_checkpoints import byte_tokenizer, contents, logits_of, tiny_checkpoin
 from torch import Tensor
 
 from hf_attn_converters import convert
-from hf_attn_converters.calibration import (
-    RANDOM_TOKENS,
-    SELF_GENERATED,
-    Calibration,
-    calibration_tokens,
-)
-from hf_attn_converters.fit import FitSettings, Use, fit_layer, relative_error
-from hf_attn_converters.plan import plan_conversion
-from hf_attn_converters.source_model import Call, SourceModel
-from hf_attn_converters.text import read_text
+from hf_attn_converters.calibration import Calibration
+from hf_attn_converters.calibration.fit import FitSettings, Use, fit_layer, relative_error
+from hf_attn_converters.calibration.source_model import Call, SourceModel
+from hf_attn_converters.calibration.tokens import RANDOM_TOKENS, SELF_GENERATED, calibration_tokens
+from hf_attn_converters.heads.plan import plan_conversion
+from hf_attn_converters.io.text import read_text
 
 FIT = FitSettings(steps=24, step_tokens=64, attention_lr=1e-2, other_lr=1e-3)
 QUICK = Calibration(tokens=1024, sequence_length=32, fit=FIT, without_text=RANDOM_TOKENS)

@@ -14,9 +14,9 @@ from tiny_checkpoints import assert_same_logits, contents, edit_config, logits_o
 from transformers import AutoConfig, LlamaForCausalLM, LlamaModel
 
 from hf_attn_converters import convert
-from hf_attn_converters.kv_heads import change_kv_heads
-from hf_attn_converters.layouts import Part
+from hf_attn_converters.families.layouts import Part
 from hf_attn_converters.merge import METHODS
+from hf_attn_converters.merge.kv_heads import change_kv_heads
 
 merge = functools.partial(convert, method="mean")
 

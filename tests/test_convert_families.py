@@ -32,7 +32,7 @@ from transformers import AutoConfig
 
 import hf_attn_patch  # noqa: F401  (Falcon outputs are tried with our adapter)
 from hf_attn_converters import FAMILIES, convert, family_of, plan_conversion
-from hf_attn_converters.layouts import Part
+from hf_attn_converters.families.layouts import Part
 
 
 def test_no_family_is_left_out() -> None:

@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hf_attn_converters.checkpoint import INDEX, open_checkpoint
-from hf_attn_converters.journal import Finished, Journal, read_journal
-from hf_attn_converters.safetensors_file import read_header
-from hf_attn_converters.safetensors_writer import write_file
-from hf_attn_converters.torch_file import read_torch_file
+from hf_attn_converters.io.checkpoint import INDEX, open_checkpoint
+from hf_attn_converters.io.journal import Finished, Journal, read_journal
+from hf_attn_converters.io.pickle_reader import read_torch_file
+from hf_attn_converters.io.safetensors_reader import read_header
+from hf_attn_converters.io.safetensors_writer import write_file
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import hf_attn_converters
-from hf_attn_converters.checkpoint import open_checkpoint
+from hf_attn_converters.io.checkpoint import open_checkpoint
 from hf_attn_patch.cli import app
 
 convert = functools.partial(hf_attn_converters.convert, method="mean")  # needs no data

@@ -14,8 +14,8 @@ from tiny_checkpoints import TINY, load, logits_of, tiny_checkpoint
 from transformers import AutoConfig, AutoModel
 
 from hf_attn_converters import FAMILIES, convert, family_of, plan_conversion
-from hf_attn_converters.layer import change_heads, layer_facts, read_layer, store_layer
-from hf_attn_converters.layouts import Heads, LayerHeads, Part, separate
+from hf_attn_converters.families.layouts import Heads, LayerHeads, Part, separate
+from hf_attn_converters.heads.layer import change_heads, layer_facts, read_layer, store_layer
 
 # --- layouts --------------------------------------------------------------------------------------
 

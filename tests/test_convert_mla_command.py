@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_attn_converters import convert
 from hf_attn_converters.calibration import Calibration
-from hf_attn_converters.fit import FitSettings
+from hf_attn_converters.calibration.fit import FitSettings
 from hf_attn_patch.cli import app
 
 FIT = FitSettings(steps=128, step_tokens=64, attention_lr=5e-3, other_lr=1e-3)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3RMSNorm
 
-from hf_attn_converters.layouts import Part
+from hf_attn_converters.families.layouts import Part
 from hf_attn_converters.merge.affine import Projections, projections
 from hf_attn_converters.merge.method import LayerFacts
 from hf_attn_converters.mla.deepseek import _inverse

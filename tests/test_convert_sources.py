@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny_checkpoints import assert_same_weights, contents, edit_config, tiny_checkpoint
 
 import hf_attn_converters
-from hf_attn_converters.checkpoint import INDEX, open_checkpoint
+from hf_attn_converters.io.checkpoint import INDEX, open_checkpoint
 
 convert = functools.partial(hf_attn_converters.convert, method="mean")  # needs no data
 

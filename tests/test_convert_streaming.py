@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import contents, edit_config, tiny_checkpoint
 
 import hf_attn_converters
-from hf_attn_converters import output as output_module
-from hf_attn_converters import work as work_module
+from hf_attn_converters import conversion as work_module
 from hf_attn_converters import writer as writer_module
-from hf_attn_converters.checkpoint import INDEX
-from hf_attn_converters.journal import sha256_of
-from hf_attn_converters.layer import convert_layer
-from hf_attn_converters.plan import Work
-from hf_attn_converters.safetensors_file import CHUNK, TensorInfo, read_header
-from hf_attn_converters.safetensors_writer import tensor_bytes, write_file
+from hf_attn_converters.heads.layer import convert_layer
+from hf_attn_converters.heads.plan import Work
+from hf_attn_converters.io import atomic_output as output_module
+from hf_attn_converters.io.checkpoint import INDEX
+from hf_attn_converters.io.journal import sha256_of
+from hf_attn_converters.io.safetensors_reader import CHUNK, TensorInfo, read_header
+from hf_attn_converters.io.safetensors_writer import tensor_bytes, write_file
 
 convert = functools.partial(hf_attn_converters.convert, method="mean")  # needs no data
 

@@ -22,8 +22,8 @@ from hf_attn_converters import plan_conversion, verify_output
 from hf_attn_converters import verify as verify_module
 from hf_attn_converters import writer as writer_module
 from hf_attn_converters.card import card_text, read_card
-from hf_attn_converters.layer import convert_layer
-from hf_attn_converters.plan import Work
+from hf_attn_converters.heads.layer import convert_layer
+from hf_attn_converters.heads.plan import Work
 from hf_attn_patch.cli import app
 
 convert = functools.partial(hf_attn_converters.convert, method="mean")  # needs no data

@@ -27,9 +27,9 @@ from forked import NOBODY, Ended, forked, started
 from tiny_checkpoints import contents, tiny_checkpoint
 
 import hf_attn_converters
-from hf_attn_converters import output
-from hf_attn_converters.journal import JOURNAL, Journal
-from hf_attn_converters.output import MARKER, Partial
+from hf_attn_converters.io import atomic_output
+from hf_attn_converters.io.atomic_output import MARKER, Partial
+from hf_attn_converters.io.journal import JOURNAL, Journal
 
 convert = partial(hf_attn_converters.convert, num_key_value_heads=1, method="mean")  # needs no data
 
@@ -352,7 +352,7 @@ def test_many_runs_to_one_target(
 def test_a_target_that_is_finished_before_the_lock_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target, real = tmp_path / "b", output.locked
+    target, real = tmp_path / "b", atomic_output.locked
 
     @contextmanager
     def late(path: Path) -> Iterator[None]:
@@ -361,11 +361,11 @@ def test_a_target_that_is_finished_before_the_lock_stays(
             (target / "config.json").write_text("theirs")
             yield
 
-    monkeypatch.setattr(output, "locked", late)
+    monkeypatch.setattr(atomic_output, "locked", late)
     with (
         pytest.raises(ValueError, match="another run meanwhile"),
-        output.atomic_folder(target, {}, resume=False),
+        atomic_output.atomic_folder(target, {}, resume=False),
     ):
         raise AssertionError("nothing may be written")
     assert (target / "config.json").read_text() == "theirs"
-    assert not output.partial_folder(target).exists()
+    assert not atomic_output.partial_folder(target).exists()

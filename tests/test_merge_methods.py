@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn_converters.kv_heads import change_kv_heads, expand
-from hf_attn_converters.layouts import LayerHeads, Part
+from hf_attn_converters.families.layouts import LayerHeads, Part
 from hf_attn_converters.merge import METHODS, LayerFacts
 from hf_attn_converters.merge.grouping import best_groups, group_heads
+from hf_attn_converters.merge.kv_heads import change_kv_heads, expand
 
 E, D, HQ = 24, 8, 12
 

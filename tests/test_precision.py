@@ -13,10 +13,10 @@ from tiny_checkpoints import tiny_checkpoint
 from torch import Tensor
 
 from hf_attn_converters import precision
-from hf_attn_converters.fit import _autocast
-from hf_attn_converters.plan import plan_conversion
+from hf_attn_converters.calibration.fit import _autocast
+from hf_attn_converters.calibration.source_model import SourceModel
+from hf_attn_converters.heads.plan import plan_conversion
 from hf_attn_converters.precision import WideProducts, products, slow_note
-from hf_attn_converters.source_model import SourceModel
 from hf_attn_converters.uptrain import UptrainOptions
 from hf_attn_converters.uptrain.run import with_precision
 from hf_attn_patch.bench import options as bench_options

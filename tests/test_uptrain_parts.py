@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_attn_converters.text import read_documents
+from hf_attn_converters.io.text import read_documents
 from hf_attn_converters.uptrain import data, recovered
 from hf_attn_converters.uptrain import loss as losses
 from hf_attn_converters.uptrain.callbacks import waited

@@ -7,12 +7,12 @@ Methods that need no data need torch only: no model is built, and neither transf
 is imported. Calibration, GGUF and `verify` go through transformers.
 """
 
+from .conversion import ConversionPlan
 from .convert import ConvertResult, convert
 from .families import FAMILIES, FamilySpec, family_of
+from .heads.plan import plan_conversion
 from .merge import METHODS, MergeMethod
-from .plan import plan_conversion
 from .verify import Verification, verify_output
-from .work import ConversionPlan
 from .writer import Progress
 
 __all__ = [

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .work import EXACT, Work
+from .conversion import EXACT, Work
 
 RECORD = "conversion.json"  # beside config.json
 CARD = "README.md"

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .card import version
-from .journal import sha256_of
+from .conversion import EXACT, ConversionPlan, Work
+from .heads.plan import plan_conversion
+from .io.atomic_output import SOURCE, Partial, atomic_folder, check_destination, partial_folder
+from .io.gguf import dequantize as write_dequantized
+from .io.gguf import described, is_gguf
+from .io.journal import sha256_of
+from .io.safetensors_reader import Stamp
+from .io.text import public_name, read_file
 from .mla import plan_latents
-from .output import SOURCE, Partial, atomic_folder, check_destination, partial_folder
-from .plan import plan_conversion
-from .safetensors_file import Stamp
-from .sources import dequantize as write_dequantized
-from .sources import described, is_gguf
-from .text import public_name, read_file
 from .verify import Text, Verification, verify_output
-from .work import EXACT, ConversionPlan, Work
 from .writer import Progress, computed_layers, stored_layers, write_about, write_weights
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def convert(
                 work = _renamed(plan(_dequantized(source, partial)), source)
             record, found = None, None
             if calibrated:
-                from .calibrated import calibrate_layers
+                from .layerwise import calibrate_layers
 
                 work, record = calibrate_layers(work, partial.layers, calibration, layer_progress)
             layers = stored_layers(partial.layers) if calibrated else computed_layers(work)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .source_model import Call
-from .work import Work
+from .calibration.source_model import Call
+from .conversion import Work
 
 
 class TargetLayers:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, has_tokenizer, open_checkpoint
-from .layer import convert_layer
-from .plan import plan_conversion
-from .work import EXACT, Work
+from .conversion import EXACT, Work
+from .heads.layer import convert_layer
+from .heads.plan import plan_conversion
+from .io.checkpoint import Checkpoint, has_tokenizer, open_checkpoint
 
 EXACT_KL = 1e-6  # above this, a conversion that should lose nothing lost something
 TOKENS = 256  # of the text at most

@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from .card import CARD, RECORD, card_text, make_record, read_card
-from .checkpoint import CONFIG, INDEX
-from .layer import convert_layer
-from .output import Partial, copy_file, sync_folder, write_json, write_text
-from .safetensors_file import TensorInfo, read_header
-from .safetensors_writer import tensor_bytes, write_file
+from .conversion import Work
+from .heads.layer import convert_layer
+from .io.atomic_output import Partial, copy_file, sync_folder, write_json, write_text
+from .io.checkpoint import CONFIG, INDEX
+from .io.safetensors_reader import TensorInfo, read_header
+from .io.safetensors_writer import tensor_bytes, write_file
 from .verify import Verification
-from .work import Work
 
 # (done, in all, what was done last)
 Progress = Callable[[int, int, str], None]

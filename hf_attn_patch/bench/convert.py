@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hf_attn_converters.safetensors_file import TensorInfo
+    from hf_attn_converters.io.safetensors_reader import TensorInfo
 
 HIDDEN, INTERMEDIATE, HEADS, HEAD_DIM, VOCAB = 4096, 11008, 32, 128, 32000  # Llama 7B's
 KV_BEFORE, KV_AFTER = 32, 8
@@ -52,8 +52,8 @@ def make_source(folder: Path, gigabytes: float, shards: int) -> int:
 
     Dense bytes, all written: a file with holes would flatter `cp`, which skips them.
     """
-    from hf_attn_converters.safetensors_file import TensorInfo
-    from hf_attn_converters.safetensors_writer import write_file
+    from hf_attn_converters.io.safetensors_reader import TensorInfo
+    from hf_attn_converters.io.safetensors_writer import write_file
 
     def weight(name: str, *shape: int) -> TensorInfo:
         return TensorInfo(f"model.{name}.weight", "BF16", shape)
@@ -121,7 +121,7 @@ def _small_numbers(count: int) -> bytes:
     """Random finite bfloat16 numbers, as bytes."""
     import torch
 
-    from hf_attn_converters.safetensors_writer import tensor_bytes
+    from hf_attn_converters.io.safetensors_writer import tensor_bytes
 
     torch.manual_seed(0)
     return bytes(tensor_bytes(torch.randn(count // 2).mul(0.02).bfloat16()))

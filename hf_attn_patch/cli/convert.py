@@ -139,7 +139,7 @@ def calibration_of(*, fit_steps: int | None, **options: Any) -> Calibration | No
     if not given and fit_steps is None:
         return None
     from hf_attn_converters.calibration import Calibration
-    from hf_attn_converters.fit import FitSettings
+    from hf_attn_converters.calibration.fit import FitSettings
 
     if fit_steps is not None:
         given["fit"] = FitSettings(steps=fit_steps)

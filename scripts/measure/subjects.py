@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_attn_converters.fit import FitSettings
+from hf_attn_converters.calibration.fit import FitSettings
 
 from .encoders import embedding_scores, masked_scores
 from .language import language_scores

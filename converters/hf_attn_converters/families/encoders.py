@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..layouts import Layout, separate
 from ..models import ENCODERS
+from .layouts import Layout, separate
 from .spec import Condition, FamilySpec, Target
 
 _INNER = tuple(f"attention.self.{name}" for name in ("query", "key", "value"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..layouts import Layout, fused
+from .layouts import Layout, fused
 from .spec import Condition, FamilySpec, Rotary, Target
 
 _PHI3 = Layout(slots=fused("self_attn.qkv_proj", "self_attn.o_proj", pack="stacked"))

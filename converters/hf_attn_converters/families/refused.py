@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layouts import Layout, fused, separate
+from .layouts import Layout, fused, separate
 from .spec import FamilySpec, Rotary
 
 SPECS = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layouts import Layout, separate
+from .layouts import Layout, separate
 from .spec import Condition, FamilySpec, Rotary
 
 _PROJECTIONS = tuple(f"self_attn.{role}_proj" for role in "qkvo")

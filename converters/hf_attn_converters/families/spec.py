@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..layouts import Layout
+from .layouts import Layout
 
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 

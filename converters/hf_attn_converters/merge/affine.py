@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layouts import LayerHeads, Part, Role
+from ..families.layouts import LayerHeads, Part, Role
 from .method import LayerFacts
 
 # eigenvalues below this share of the largest are rounding, not directions

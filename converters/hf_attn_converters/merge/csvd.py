@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layouts import LayerHeads
+from ..families.layouts import LayerHeads
 from .affine import (
     attended_of,
     covariance_of,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..layouts import LayerHeads
+from ..families.layouts import LayerHeads
 from .method import LayerFacts, MergeMethod
 
 

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..layouts import KV_ROLES, LayerHeads, Part
+from ..families.layouts import KV_ROLES, LayerHeads, Part
 from .affine import attended_of, covariance_of, projections, square_root, to_pairs
 from .method import LayerFacts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..layouts import LayerHeads
+from ..families.layouts import LayerHeads
 from .method import LayerFacts, MergeMethod
 
 

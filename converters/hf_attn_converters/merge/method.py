@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..layouts import LayerHeads, Role
+from ..families.layouts import LayerHeads, Role
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layouts import LayerHeads
+from ..families.layouts import LayerHeads
 from .affine import covariance_of, from_pairs, layer_heads, projections, square_root, to_pairs
 from .mean import pool
 from .method import LayerFacts, MergeMethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layouts import LayerHeads
+from ..families.layouts import LayerHeads
 from .method import LayerFacts, MergeMethod
 
 

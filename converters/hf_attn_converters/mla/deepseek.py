@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..families import Target
-from ..layouts import Role
+from ..families.layouts import Role
 from .factors import Factors
 from .quiet_norm import quiet_norm
 from .rotation import Rotation

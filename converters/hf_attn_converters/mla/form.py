@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..layer import architectures_after, layer_facts, read_layer
-from ..layouts import LayerHeads, Part, Place
+from ..families.layouts import LayerHeads, Part, Place
+from ..heads.layer import architectures_after, layer_facts, read_layer
+from ..io.safetensors_reader import FLOAT_DTYPES, TensorInfo
 from ..merge.affine import projections
 from ..merge.method import LayerFacts, Method
-from ..safetensors_file import FLOAT_DTYPES, TensorInfo
 from .deepseek import Sizes, config_of, stored
 from .factors import Pairs, factorise, score_reach, second_moments
 from .rotation import Rotation, choose, mean_turn
 
 if TYPE_CHECKING:
-    from ..measure import Measured
-    from ..source_model import SourceModel
-    from ..work import Work
+    from ..calibration.source_model import SourceModel
+    from ..calibration.statistics import Measured
+    from ..conversion import Work
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..conversion import Opened, Work, check_architectures
 from ..families import FAMILIES, FamilySpec
+from ..io.checkpoint import Checkpoint, open_checkpoint
 from ..merge.method import Method
-from ..work import Opened, Work, check_architectures
 from .deepseek import TARGET, Sizes
 from .form import Latents
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..output import sync_folder
+from ..io.atomic_output import sync_folder
 
 COMPLETE = "complete"  # in a checkpoint: all that belongs to it was written
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..text import public_name, read_documents
+from ..io.text import public_name, read_documents
 from .loss import IGNORED
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import Checkpoint
+from ..io.checkpoint import Checkpoint
 from .options import UptrainOptions
 
 ADAM = 2  # numbers kept for each trained weight

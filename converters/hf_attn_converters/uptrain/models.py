@@ -59,7 +59,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Raises ValueError where there is none."""
     from transformers import AutoTokenizer
 
-    from ..checkpoint import has_tokenizer
+    from ..io.checkpoint import has_tokenizer
 
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer; put the source's tokenizer files there")
@@ -73,7 +73,7 @@ def check_same_words(student: Path, teacher: Path) -> None:
     """Raises ValueError unless both have the same vocabulary and read text as the same tokens."""
     from transformers import AutoConfig
 
-    from ..checkpoint import has_tokenizer
+    from ..io.checkpoint import has_tokenizer
 
     sizes = [
         AutoConfig.from_pretrained(f, trust_remote_code=False).get_text_config().vocab_size

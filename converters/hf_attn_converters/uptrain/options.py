@@ -26,7 +26,7 @@ USUAL_SHARE, USUAL_PER_WEIGHT = 1e-3, 20
 class UptrainOptions:
     """One uptraining; each field's ``metadata["help"]`` says what it is.
 
-    `text` names what :func:`..text.read_documents` reads.
+    `text` names what :func:`..io.text.read_documents` reads.
 
     Raises ValueError for values out of range.
     """

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..card import CARD, read_card, version
-from ..checkpoint import open_checkpoint
-from ..journal import differences, sha256_of
-from ..output import MARKER, check_destination, locked, partial_folder
+from ..io.atomic_output import MARKER, check_destination, locked, partial_folder
+from ..io.checkpoint import open_checkpoint
+from ..io.journal import differences, sha256_of
+from ..io.text import public_name
 from ..precision import products, slow_note
-from ..text import public_name
 from .data import EVAL_ROWS, ROWS, write_rows
 from .hooks import Hooks
 from .memory import check_fits, free_bytes, in_one_memory, need, training_device, uses_cpu
@@ -219,7 +219,7 @@ def _record(
 
 def _finish(options: UptrainOptions, work: Path, folder: Path, record: dict[str, Any]) -> None:
     """The student's other files and the record beside the weights; then the name, last of all."""
-    from ..output import sync_folder, write_json
+    from ..io.atomic_output import sync_folder, write_json
 
     student, output = Path(options.student), Path(options.output)
     for name in open_checkpoint(student).side_files():

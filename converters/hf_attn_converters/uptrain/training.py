@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..checkpoint import CONFIG
+from ..io.checkpoint import CONFIG
 from .callbacks import Plateau, Steps, Whole, clear_torn, last_checkpoint
 from .data import EVAL_ROWS, ROWS, PackedRows
 from .hooks import Estimate, Hooks

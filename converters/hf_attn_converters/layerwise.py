@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .calibration import Calibration, Progress, Tokens, calibration_tokens
-from .fit import Use, fit_layer
-from .layer import layer_facts, read_layer
-from .measure import Measured, Watch, run_layer
-from .source_model import SourceModel, rows_at_once
+from .calibration import Calibration
+from .calibration.fit import Use, fit_layer
+from .calibration.source_model import SourceModel, rows_at_once
+from .calibration.statistics import Measured, Watch, run_layer
+from .calibration.tokens import Progress, Tokens, calibration_tokens
+from .conversion import Work
+from .heads.layer import layer_facts, read_layer
 from .target_layer import TargetLayers
-from .work import Work
 
 TOKENS_FILE, SURVEY_FILE = "tokens.safetensors", "survey.safetensors"
 

@@ -10,8 +10,8 @@ import math
 
 from torch import Tensor
 
-from .layouts import KV_ROLES, LayerHeads
-from .merge import LayerFacts, MergeMethod
+from ..families.layouts import KV_ROLES, LayerHeads
+from .method import LayerFacts, MergeMethod
 
 
 def check_kv_heads(*, query_heads: int, before: int, after: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .safetensors_file import CHUNK, FLOAT_DTYPES, Stamp, TensorInfo, check_unchanged
+from .safetensors_reader import CHUNK, FLOAT_DTYPES, Stamp, TensorInfo, check_unchanged
 from .safetensors_writer import tensor_bytes
 
 _DTYPES = {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .checkpoint import Checkpoint
-from .families import FamilySpec, Target
+from ..io.checkpoint import Checkpoint
+from ..io.safetensors_reader import FLOAT_DTYPES
 from .layouts import Heads, Place
-from .safetensors_file import FLOAT_DTYPES
+from .spec import FamilySpec, Target
 
 
 def attention_tensors(checkpoint: Checkpoint, family: FamilySpec) -> dict[str, Place]:

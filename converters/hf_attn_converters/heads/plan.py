@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .families import FamilySpec, Target
-from .kv_heads import check_kv_heads, is_exact
+from ..conversion import EXACT, Opened, Work, check_architectures
+from ..families import FamilySpec, Target
+from ..families.layouts import KV_ROLES, Layout, Place, Role
+from ..merge import METHODS, MergeMethod, method_named
+from ..merge.kv_heads import check_kv_heads, is_exact
 from .layer import KvHeads
-from .layouts import KV_ROLES, Layout, Place, Role
-from .merge import METHODS, MergeMethod, method_named
-from .work import EXACT, Opened, Work, check_architectures
 
 
 def plan_conversion(

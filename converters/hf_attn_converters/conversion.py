@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, open_checkpoint
 from .families import FamilySpec, Target, family_of
-from .layouts import KV_ROLES, Heads, LayerHeads, Place, Slot
-from .located import attention_tensors, obsolete_tensors, tied_copies
+from .families.layouts import KV_ROLES, Heads, LayerHeads, Place, Slot
+from .families.tensor_map import attention_tensors, obsolete_tensors, tied_copies
+from .io.atomic_output import check_destination, free_bytes
+from .io.checkpoint import Checkpoint, open_checkpoint
+from .io.safetensors_reader import FLOAT_DTYPES, TensorInfo
 from .merge import LayerFacts, Method
 from .models import source_of
-from .output import check_destination, free_bytes
-from .safetensors_file import FLOAT_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
-    from .measure import Measured
-    from .source_model import SourceModel
+    from .calibration.source_model import SourceModel
+    from .calibration.statistics import Measured
 
 EXACT = "exact"  # the method of a conversion that only repeats heads
 SLACK = 16 << 20  # bytes kept free beside the weights, for tokenizer files and indexes

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from .attention import Attended, watching
-from .merge import LayerFacts
+from ..conversion import Work
+from ..merge import LayerFacts
+from .attention_maps import Attended, watching
 from .source_model import Call, SourceModel
-from .work import Work
 
 # Added to the covariance's diagonal, as a share of its mean: for what the text never showed.
 DAMPING = 1e-6

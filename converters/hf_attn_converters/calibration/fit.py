@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .precision import products
+from ..precision import products
 from .source_model import Call
 
 

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from .safetensors_file import Stamp, TensorInfo, check_unchanged, read_header
-from .torch_file import read_torch_file
+from .pickle_reader import read_torch_file
+from .safetensors_reader import Stamp, TensorInfo, check_unchanged, read_header
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .journal import Finished
-from .safetensors_file import TensorInfo
+from .safetensors_reader import TensorInfo
 
 _THREADED = 1 << 18  # bytes from which hashing beside writing is worth a hand-over
 _WRITEBACK = 32 << 20  # bytes after which the system is asked to put them on the disk

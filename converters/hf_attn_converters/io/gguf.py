@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from .atomic_output import write_json
 from .checkpoint import CONFIG, INDEX, SINGLE
-from .output import write_json
-from .safetensors_file import FLOAT_DTYPES, TensorInfo
+from .safetensors_reader import FLOAT_DTYPES, TensorInfo
 from .safetensors_writer import header_bytes
 
 GGUF = ".gguf"

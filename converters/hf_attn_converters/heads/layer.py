@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .kv_heads import change_kv_heads, expand
-from .layouts import KV_ROLES, LayerHeads, Part, Place
-from .merge import LayerFacts, MergeMethod
-from .merge.grouping import group_heads
-from .merge.mean import pool
-from .safetensors_file import TensorInfo
+from ..families.layouts import KV_ROLES, LayerHeads, Part, Place
+from ..io.safetensors_reader import TensorInfo
+from ..merge import LayerFacts, MergeMethod
+from ..merge.grouping import group_heads
+from ..merge.kv_heads import change_kv_heads, expand
+from ..merge.mean import pool
 
 if TYPE_CHECKING:
-    from .measure import Measured
-    from .source_model import SourceModel
-    from .work import Work
+    from ..calibration.source_model import SourceModel
+    from ..calibration.statistics import Measured
+    from ..conversion import Work
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .precision import WideProducts, products
-from .work import Work
+from ..conversion import Work
+from ..precision import WideProducts, products
 
 
 def rows_at_once(ids: Tensor, tokens: int) -> int:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .checkpoint import has_tokenizer
+from ..io.checkpoint import has_tokenizer
+from ..io.text import public_name, read_text
 from .fit import FitSettings
-from .text import public_name, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,8 +37,8 @@ class Calibration:
     """What to calibrate on.
 
     Args:
-        text: a file or a dataset, see :func:`.text.read_text`; of a dataset the windows come from
-            its beginning (some hundred characters for each token). None: see ``without_text``.
+        text: a file or a dataset, see :func:`..io.text.read_text`; of a dataset the windows come
+            from its beginning (some hundred characters for each token). None: see ``without_text``.
         own_text: the share of the tokens, 0 to 1, that the model writes itself beside `text`.
         tokens: how many tokens; rounded down to whole sequences. Fewer if the text ends before.
         sequence_length: tokens per sequence.

@@ -1,0 +1,1 @@
+"""Conversions between MHA, GQA and MQA: what is planned, and one layer."""

@@ -1,0 +1,1 @@
+"""Files: checkpoints read, written, resumed and finished by a rename."""
