@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +18,7 @@ from hf_attn_patch import forward, keywords
 from hf_attn_patch.entry import fa2_forward, mla_forward, paged_forward, swa_forward
 from hf_attn_patch.model_code import ModelCode, attention_classes, model_code, parts
 
+ROOT = Path(inspect.getfile(hf_attn_patch)).parents[1]
 LLAMA = having(lambda spec: spec.id == "llama")[0].values[0]
 FORWARDS = {
     "triton_fa2": fa2_forward,
@@ -99,6 +102,15 @@ def test_block_indices_are_refused_at_load_and_in_check() -> None:
     verdict = hf_attn_patch.check(config, "cpu", "triton_fa2")
     assert isinstance(verdict, hf_attn_patch.Rejected)
     assert "block_indices" in verdict.reason and "sdpa" in verdict.fix
+
+
+def test_the_contracts_page_names_them_and_tests_that_exist() -> None:
+    page = (ROOT / "docs" / "contract.md").read_text()
+    for name in keywords.SERVED - {"attention_mask"}:  # which has a table of its own
+        assert f"`{name}`" in page, name
+    named = set(re.findall(r"`(tests/[\w/]+\.py)`", page))
+    assert len(named) > 8
+    assert not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_every_keyword_of_transformers_models_is_known() -> None:
