@@ -119,7 +119,7 @@ def not_covered(model: nn.Module | None, given: Mapping[str, Any]) -> str | None
         return "what the encoder read"
     if model is not None and virtual_tokens(model) is not None:
         return "PEFT's virtual tokens"
-    names = [name for name, value in given.items() if value is not None and name not in COVERED]
+    names = [name for name, x in given.items() if name not in COVERED and not _is_nothing(x)]
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         names.append("attention_mask")
@@ -135,6 +135,11 @@ def virtual_tokens(model: nn.Module) -> str | None:
     if config is None or not config.is_prompt_learning:
         return None
     return str(getattr(config.peft_type, "value", config.peft_type))
+
+
+def _is_nothing(x: Any) -> bool:
+    # what encoders of a text without images have found is an empty dictionary
+    return x is None or (isinstance(x, (Mapping, list, tuple)) and not x)
 
 
 def refuse_other_cache(model: nn.Module) -> None:

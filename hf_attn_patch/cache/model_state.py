@@ -33,6 +33,7 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")  # rope types
 ADAPTER_FIELDS = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 # raised by looking at a weight on the meta device, or of a class that cannot be taken apart
 UNREADABLE = (RuntimeError, NotImplementedError, AttributeError, TypeError)
+BOOKKEEPING = frozenset(vars(nn.Module()))  # torch's own: hooks by number, mode, submodules
 _version = attrgetter("_version")
 
 
@@ -42,6 +43,7 @@ class _Places:
 
     tensors: tuple[dict[str, Any], ...]
     hooks: tuple[Mapping[int, Any], ...]
+    own_hooks: tuple[Mapping[int, Any], ...]  # of the model itself, where each cache has its own
     adapters: tuple[dict[str, Any], ...]
 
     def all_tensors(self) -> list[Tensor]:
@@ -49,7 +51,8 @@ class _Places:
         return [x for x in values if x is not None]
 
     def hook_count(self) -> int:
-        return sum(map(len, self.hooks)) + sum(map(len, GLOBAL_HOOKS))
+        foreign = [hook for d in self.own_hooks for hook in d.values() if not _known_hook(hook)]
+        return sum(map(len, self.hooks)) + sum(map(len, GLOBAL_HOOKS)) + len(foreign)
 
     def adapter_settings(self) -> list[str]:
         return [str([held.get(name) for name in ADAPTER_FIELDS]) for held in self.adapters]
@@ -102,7 +105,8 @@ def read(model: nn.Module) -> ModelState:
         return ModelState(None, why, ref(model))
     places = _PLACES[model] = _Places(
         tensors=tuple(d for m in modules for d in (m._parameters, m._buffers) if d),
-        hooks=tuple(getattr(m, name) for m in modules for name in HOOKS),
+        hooks=tuple(getattr(m, name) for m in modules[1:] for name in HOOKS),
+        own_hooks=tuple(getattr(model, name) for name in HOOKS),
         adapters=tuple(vars(m) for m in modules if ADAPTER_FIELDS[0] in vars(m)),
     )
     tensors = places.all_tensors()
@@ -216,6 +220,8 @@ def _settings(modules: Iterable[nn.Module]) -> Iterator[object]:
     for module in modules:
         yield type(module).__qualname__
         for name, value in vars(module).items():
+            if name in BOOKKEEPING:
+                continue
             if isinstance(value, PretrainedConfig):
                 configs[id(value)] = value
             elif isinstance(value, Tensor):
