@@ -9,6 +9,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ from hf_attn_patch.cache.rows import Rows
 from hf_attn_patch.cache.step import DeviceTable
 
 SPECS = {spec.id: spec for spec in EVERY}
-GREEDY: dict[str, Any] = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+GREEDY: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False}
 PROMPTS = {"plain": tokens(1, 40, seed=3), "rows": padded("left", 40, (40, 23, 40))}
 
 
@@ -124,39 +125,38 @@ def masked(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("rows", PROMPTS)
-def test_any_place(kind: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """First prompt and decode step, cache used before or not."""
+def test_any_place(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First prompt and decode step, cache used before or not, padded rows, two of them equal."""
     name, family = MODELS[kind]
     model = model_of(name, SPECS[family])
     reference = model if name == "triton_swa" else build(SPECS[family], "eager")
-    inputs = masked(rows)
+    inputs = masked("rows")
+    mask = inputs["attention_mask"]
+    prompt = inputs | {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    step = {
+        "input_ids": tokens(3, 1),
+        "attention_mask": torch.nn.functional.pad(mask, (0, 1), value=1),
+        "position_ids": prompt["position_ids"][:, -1:] + 1,
+    }
     with torch.no_grad():
         expected = reference.generate(**inputs, **GREEDY)
-        other = {"input_ids": tokens(2, 25, seed=7)}
         for where in WHERE:
             for used in (False, True):
                 for decoding in (False, True):
                     cache = PagedCache(model, max_bytes=1 << 22)
                     if used:
-                        model.generate(**other, past_key_values=cache, **GREEDY)
+                        model(tokens(2, 25, seed=7), past_key_values=cache)
                         cache.start(**inputs)
-                    run = lambda c=cache: model.generate(**inputs, past_key_values=c, **GREEDY)  # noqa: E731
                     if decoding:
-                        places = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-                        out = model(**inputs, position_ids=places, past_key_values=cache)
-                        token = out.logits[:, -1:].argmax(-1)
-                        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-                        run = (
-                            lambda c=cache, m=mask, t=token, p=places: model(  # noqa: E731
-                                t, attention_mask=m, position_ids=p[:, -1:] + 1, past_key_values=c
-                            )
-                        )
+                        model(**prompt, past_key_values=cache)
+                    given = step if decoding else prompt
+                    run = partial(model, **given, past_key_values=cache)
                     interrupt(model, where, monkeypatch, run)
                     said = f"{where}, used {used}, decoding {decoding}"
-                    column = check(model, cache, inputs, expected)
-                    assert column <= 32, said
-                    assert check(model, cache, inputs, expected) >= column, said
+                    column = cache.start(**inputs)
+                    found = model.generate(**inputs, past_key_values=cache, **GREEDY)
+                    assert torch.equal(found, expected), said
+                    assert column in (0, 16, 17, 32), said  # whole pages of the shortest row
 
 
 def test_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,5 +255,5 @@ def test_a_cache_keeps_no_model_alive() -> None:
     del model
     gc.collect()
     assert weight() is None
-    assert cache.get_seq_length() == 44
+    assert cache.get_seq_length() == 41
     assert cache.start(**masked("plain")) == 0  # nobody knows what will be called
