@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import ReferenceType, finalize, ref
 
 import torch
@@ -152,6 +152,15 @@ def refuse_other_cache(model: nn.Module) -> None:
         )
 
 
+def refuse_resuming(columns: int, why: str) -> NoReturn:
+    """Raises ValueError for a call that does not go on from what start() has found."""
+    raise ValueError(
+        f"start() found {columns} columns of this prompt in pages, which the model's call does not "
+        f"go on from: it brings {why}. Give start() all the inputs of generate(), right before it, "
+        "and call the model that the cache was made with; or call cache.reset() instead of start()"
+    )
+
+
 def counts_tokens(
     positions: Tensor | None, before: Iterable[int], real: Iterable[int], columns: int, new: int
 ) -> bool:
@@ -222,7 +231,9 @@ def watch(model: nn.Module, cache: PagedCache) -> None:
         given = by_name(module, args, kwargs)
         found = find_cache(given)
         if alive in (found, getattr(found, "self_attention_cache", None)):
-            alive.inputs = read_inputs(module, given)
+            alive.inputs = read = read_inputs(module, given)
+            if read.why is not None and alive.resumed:  # before the model makes something of it
+                refuse_resuming(alive.length, read.why)
 
     def forget(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         alive = reference()

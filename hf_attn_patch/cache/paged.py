@@ -311,13 +311,8 @@ class PagedCache(Cache):
                 "or cache.reset() before other prompts"
             )
         why = self._not_shared(given, batch, new, real)
-        if self._from_start and any(rows.tokens) and why is not None:
-            raise ValueError(
-                f"start() found {self.length} columns of this prompt in pages, which the model's "
-                f"call does not go on from: it brings {why}. Give start() all the inputs of "
-                "generate(), right before it, and call the model that the cache was made with; or "
-                "call cache.reset() instead of start()"
-            )
+        if why is not None and self.resumed:
+            inputs.refuse_resuming(self.length, why)
         self._from_start = False
         ids = given.ids if given is not None and why is None else None
         before = rows.tokens
@@ -341,6 +336,11 @@ class PagedCache(Cache):
         if real != [new] * batch:
             count = torch.tensor(real, dtype=torch.int32).to(device)
         return Step(self.length, new, before, rows.tokens, held, held + count)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether start() has found pages, and the call that goes on from them is still to come."""
+        return self._from_start and any(self.rows.tokens)
 
     def _not_shared(
         self, given: ForwardInputs | None, batch: int, new: int, real: list[int]
