@@ -41,6 +41,8 @@ def answer(
     # in this order: to read a field of a config takes longer than to know its class
     if not compat.traits(config).interface and getattr(config, "model_type", "") not in ADAPTERS:
         guard.refuse_config(config, name)
+    if settings.sinks:
+        sinks.tell(request, _reach(request))
     return build(request, settings)
 
 

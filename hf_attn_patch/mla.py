@@ -64,8 +64,11 @@ def attend(
             else ``[B, H, K, N + P]`` and ``[B, H, K, V]``.
         kwargs: as in :func:`.forward.attend`.
 
+    A `kv_b_proj` that does more than to multiply by its weights (hooks, adapters, quantisation,
+    a bias) is called for all keys instead, in decoding too.
+
     Raises:
-        ValueError: the layer has no latents, or its `kv_b_proj` is not a plain linear layer.
+        ValueError: the layer has no latents, or its `kv_b_proj` cannot run.
     """
     attention_mask, kwargs = _read(query, key, attention_mask, kwargs)
     weights = _weights(module, query)
@@ -80,10 +83,11 @@ def attend(
     latent, rope = key[:, :, : visible.keys], value[:, :, : visible.keys]
     sizes = _sizes(module)
     wants_gradient = torch.is_grad_enabled() and any(
-        x.requires_grad for x in (query, latent, rope, weights)
+        x.requires_grad for x in (query, latent, rope, *adapter.parameters(module))
     )
     if (
-        wants_gradient
+        weights is None
+        or wants_gradient
         or not _plain(visible, kwargs)
         or not sizes.absorbs(query.shape[2], visible.keys)
     ):
@@ -158,10 +162,13 @@ def _absorbed(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # tables are kept in plain Python
 def _over_pages(
-    module: nn.Module, weights: Tensor, query: Tensor, latent: Tensor, rope: Tensor,
+    module: nn.Module, weights: Tensor | None, query: Tensor, latent: Tensor, rope: Tensor,
     mask: Tensor | None, layer: PagedLayer, kwargs: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """The new latents go into their pages; a first prompt is expanded, all else absorbed."""
+    """The new latents go into their pages; a first prompt is expanded, all else absorbed.
+
+    Without `weights` everything is expanded, as often as it is read.
+    """
     window = kwargs.get("sliding_window")
     call = Call(
         query=query, key=latent, value=rope, mask=mask, causal=_causal(module, kwargs),
@@ -172,6 +179,10 @@ def _over_pages(
     keys, values = (x.transpose(1, 2).to(layer.compute_dtype) for x in (latent, rope))
     layer.write(keys, values, table.slots(step))
     if step.fresh:
+        keys, values = adapter.expanded(module, latent, rope)
+        return _dense(module, query, keys, values, mask, kwargs)[0]
+    if weights is None:
+        latent, rope, mask = paged.columns(layer, step, table)
         keys, values = adapter.expanded(module, latent, rope)
         return _dense(module, query, keys, values, mask, kwargs)[0]
     pages = (x[:, :, 0] for x in layer.pages)
@@ -209,8 +220,8 @@ def _sizes(module: Any) -> Sizes:
     )
 
 
-def _weights(module: nn.Module, query: Tensor) -> Tensor:
-    """``[H * (N + V), R]`` of `kv_b_proj`, checked to be all that it does."""
+def _weights(module: nn.Module, query: Tensor) -> Tensor | None:
+    """``[H * (N + V), R]`` of `kv_b_proj`; None where they are not all that it does."""
     if not callable(getattr(type(module), "expand_kv", None)) or hasattr(module, "indexer"):
         raise ValueError(
             f"attn_implementation={adapter.NAME!r} serves multi-head latent attention that sees "
@@ -218,21 +229,16 @@ def _weights(module: nn.Module, query: Tensor) -> Tensor:
             "attn_implementation='triton_fa2' (or 'sdpa' where an indexer picks the keys)"
         )
     linear: Any = module.kv_b_proj
-    wrong = None
-    if type(linear) is not nn.Linear:
-        wrong = f"a {type(linear).__name__}"
-    elif linear.bias is not None:
-        wrong = "a linear layer with a bias"
-    elif not linear.weight.is_floating_point() or linear.weight.device != query.device:
-        wrong = f"{linear.weight.dtype} on {linear.weight.device}"
-    if wrong is not None:
+    if not adapter.only_multiplies(linear):
+        return None
+    weight: Tensor = linear.weight
+    if not weight.is_floating_point() or weight.device != query.device:
         raise ValueError(
             f"attn_implementation={adapter.NAME!r} multiplies queries with the weights of "
-            f"{type(module).__name__}.kv_b_proj itself, which must be a plain floating-point "
-            f"nn.Linear without bias on {query.device}; it is {wrong}. Leave kv_b_proj out of "
-            "quantisation and offloading, merge adapters into it (LoRA: merge_and_unload()), or "
-            "use attn_implementation='triton_fa2'."
+            f"{type(module).__name__}.kv_b_proj, which must be floating-point and on "
+            f"{query.device}; they are {weight.dtype} on {weight.device}. Quantise and offload "
+            "with a library that replaces the layer, its weight or its forward (that is called "
+            "then), or leave kv_b_proj as it is"
         )
-    weight: Tensor = linear.weight
     # tensor parallelism: the rows of this process's heads
     return weight.to_local() if isinstance(weight, DTensor) else weight

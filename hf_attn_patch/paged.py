@@ -60,6 +60,8 @@ def run(call: Call, layer: PagedLayer, dense: Callable[[Call], Tensor]) -> Tenso
         k_descale=layer.k_descale,
         v_descale=layer.v_descale,
     )
+    if together:
+        layer.cache.wrote(layer)
     assert isinstance(out, Tensor)  # no log-sum-exp was asked for
     return out.contiguous()
 
@@ -74,6 +76,29 @@ def begin(call: Call, layer: PagedLayer) -> tuple[Step, DeviceTable]:
     visible = mask_forms.read(call.mask, layer.length + new)
     _check(call, layer, visible)
     return cache.enter(layer, batch, new, visible.padding), cache.on_device[layer.window]
+
+
+def columns(
+    layer: PagedLayer, step: Step, table: DeviceTable
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a layer's pages hold, as the batch's columns: keys ``[B, Hkv, columns, D]``, values, and
+    the mask ``[B, columns]`` of those that are tokens, None if all are.
+    """
+    assert table.table is not None
+    size, width = layer.cache.page_size, step.length + step.new
+    place = torch.arange(width, device=layer.device) - width + step.grown[:, None].long()
+    page = table.table.gather(1, place.clamp_min(0) // size)  # [B, columns]
+    held = (place >= 0) & (page >= 0)  # else padding, or behind the window
+    page, inside = page.clamp_min(0).long(), place % size
+    found = []
+    for pages, descale in zip(layer.pages, (layer.k_descale, layer.v_descale), strict=True):
+        x = pages[page, inside]  # [B, columns, Hkv, D]
+        if descale is not None:
+            x = x.float() * descale[:, None]
+        x = x.to(layer.compute_dtype).masked_fill(~held[..., None, None], 0)
+        found.append(x.transpose(1, 2))
+    padded = any(count != width for count in step.after)
+    return found[0], found[1], place >= 0 if padded else None
 
 
 def _check(call: Call, layer: PagedLayer, visible: mask_forms.Visible) -> None:

@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import local
 
 import torch
 from torch import Tensor
@@ -41,6 +42,83 @@ def head_slots(columns: Tensor, start: int) -> tuple[Tensor, Tensor]:
     gone = (columns < start).sum(-1, keepdim=True)
     number = torch.arange(sinks, device=columns.device) - (sinks - gone)
     return number.clamp(min=0), number >= 0
+
+
+class RowStarts:
+    """Where the first tokens of a cache's rows stand; all layers of the cache share one.
+
+    The mask function is part of every forward pass, however the model is called, and tells it.
+    Nothing is computed until something is to be dropped.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Nothing is held, nothing is known."""
+        self.forget()
+        self.moved = False  # what was kept of the dropped columns is not the first S of each row
+
+    def forget(self) -> None:
+        """The rows are others now: what was told does not hold for them."""
+        self._told = -1
+        self._mask: Tensor | None = None
+
+    def tell(self, mask: Tensor | None, total: int) -> None:
+        """The mask ``[B, columns]`` of a pass that ends at column `total`; None hides nothing.
+
+        Raises:
+            ValueError: padding was skipped in earlier passes, and now nobody says where it is.
+        """
+        if mask is None and self.moved:
+            raise ValueError(
+                "triton_swa has kept each row's first tokens by the attention mask of earlier "
+                "calls, and this call has none: pass the 2D attention_mask of all tokens each time"
+            )
+        if mask is not None and mask.shape[1] < total:
+            return self.forget()  # about other columns than there are
+        self._told, self._mask = total, mask
+
+    def told(self) -> int:
+        """Columns up to which it is known where rows begin, -1 for nothing."""
+        return self._told
+
+    def columns(self, sinks: int, total: int) -> Tensor | None:
+        """``[B, S]`` of what was told last; None: columns 0 to S - 1 of every row.
+
+        Waits for the device: something is being dropped, which happens once in many steps.
+        """
+        if self._mask is None:
+            return None
+        found = sink_columns(self._mask[:, :total], sinks)
+        self.moved = bool((found != torch.arange(sinks, device=found.device)).any())
+        return found
+
+
+class _Asked(local):
+    """The cache that was asked last, in this thread, for the sizes of the mask to be made."""
+
+    starts: RowStarts | None = None
+    sizes: tuple[int, int] = (0, 0)
+
+
+_asked = _Asked()
+
+
+def ask(starts: RowStarts, kv_length: int, kv_offset: int) -> None:
+    """A mask of these sizes is about to be made for the cache of `starts`."""
+    if not torch.compiler.is_compiling():
+        _asked.starts, _asked.sizes = starts, (kv_length, kv_offset)
+
+
+def tell(request: MaskRequest, total: int | None) -> None:
+    """Tell the cache that a mask is made for, if it is one that drops columns, its padding."""
+    if torch.compiler.is_compiling():
+        return
+    starts, _asked.starts = _asked.starts, None
+    if starts is None or _asked.sizes != (request.kv_length, request.kv_offset) or total is None:
+        return
+    starts.tell(request.attention_mask, total)
 
 
 @dataclass(frozen=True)

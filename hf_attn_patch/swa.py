@@ -7,13 +7,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import compat
+from .cache.inputs import CACHE_NAMES, by_name, cache_name, find_cache
 from .cache.rolling import RollingCache, RollingLayer, rolling_layers
 from .config_values import layer_value
-from .sinks import sink_columns
 from .swa_settings import SwaSettings, required, store
 
 __all__ = ["SwaSettings", "configure_swa"]
@@ -84,23 +84,23 @@ def _configs(model: compat.PreTrainedModel) -> list[Any]:
 def _roll_cache(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Forward pre-hook: an empty growing cache becomes a rolling one and learns of the padding."""
+    """Forward pre-hook: an empty growing cache becomes a rolling one."""
     if torch.compiler.is_compiling():
         return None
     config = model.config.get_text_config(decoder=True)
-    cache = kwargs.get("past_key_values")
+    given = by_name(model, args, kwargs)
+    cache = find_cache(given)
     if compat.implementation_of(config) != "triton_swa":
         _refuse_rolled(cache, compat.implementation_of(config))
         return None
-    if cache is None and kwargs.get("use_cache") is True and not config.is_encoder_decoder:
-        cache = RollingCache(config)
-        kwargs = kwargs | {"past_key_values": cache}
+    if cache is None and given.get("use_cache") is True and not config.is_encoder_decoder:
+        rolling = {cache_name(model): RollingCache(config)}
+        if any(name in given and name not in kwargs for name in CACHE_NAMES):  # by position
+            return (), given | rolling
+        return args, {k: v for k, v in kwargs.items() if k not in CACHE_NAMES} | rolling
     if type(cache) is compat.DynamicCache and cache.get_seq_length() == 0:
         _convert(cache, config)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        _tell_padding(cache, mask, _query_length(args, kwargs))
-    return args, kwargs
+    return None
 
 
 def _convert(cache: Any, config: Any) -> None:
@@ -111,27 +111,6 @@ def _convert(cache: Any, config: Any) -> None:
     for layer, was_recording in zip(cache.layers, recording, strict=False):
         if isinstance(layer, RollingLayer):
             layer.record_past = was_recording
-
-
-def _tell_padding(cache: Any, mask: Tensor, query_length: int) -> None:
-    layers = [
-        layer
-        for layer in getattr(cache, "layers", ())
-        if isinstance(layer, RollingLayer) and layer.sinks
-    ]
-    # a step of one token moves no first token; a prompt, or a chunk of it, may
-    if not layers or query_length == 1:
-        return
-    columns = sink_columns(mask.bool(), layers[0].sinks)
-    for layer in layers:
-        layer.sink_columns = columns
-
-
-def _query_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    for given in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
-        if isinstance(given, Tensor):
-            return given.shape[1]
-    return 0
 
 
 def _refuse_rolled(cache: Any, name: str | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tiny_models import (
     tokens,
     worst,
 )
-from torch import nn
+from torch import Tensor, nn
 
 import hf_attn_patch
 from hf_attn_patch import PagedCache, Rejected, check, mla
@@ -158,25 +159,100 @@ def test_sparse_latent_attention_is_refused() -> None:
     assert "indexer" in verdict.reason and "sdpa" in verdict.fix
 
 
-class Wrapped(nn.Linear):
+class Halved(nn.Linear):
     """Stands for what quantisation or an adapter makes of a linear layer."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
 
-@pytest.mark.parametrize("kind", ["subclass", "bias", "integer"])
-def test_weights_that_are_not_plain_are_refused(kind: str) -> None:
+
+class Half(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def halved_class(attention: Any) -> None:
+    attention.kv_b_proj.__class__ = Halved
+
+
+def with_bias(attention: Any) -> None:
+    linear = attention.kv_b_proj
+    linear.bias = nn.Parameter(torch.arange(linear.out_features).cos())
+
+
+def forward_hook(attention: Any) -> None:
+    attention.kv_b_proj.register_forward_hook(lambda module, args, out: out * 1.5)
+
+
+def pre_hook(attention: Any) -> None:
+    attention.kv_b_proj.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+
+
+def parametrized(attention: Any) -> None:
+    nn.utils.parametrize.register_parametrization(attention.kv_b_proj, "weight", Half())
+
+
+def old_weight_norm(attention: Any) -> None:
+    nn.utils.weight_norm(attention.kv_b_proj)
+    with torch.no_grad():
+        attention.kv_b_proj.weight_g.mul_(2)
+
+
+def own_forward(attention: Any) -> None:
+    linear = attention.kv_b_proj
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight) * 1.5
+
+
+def offloaded(attention: Any) -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    weights = {"weight": attention.kv_b_proj.weight.detach() * 1.5}
+    hook = hooks.AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights)
+    hooks.add_hook_to_module(attention.kv_b_proj, hook)
+
+
+def quantised(attention: Any) -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(attention.kv_b_proj, torchao.Int8WeightOnlyConfig())
+
+
+MORE_THAN_A_PRODUCT = (
+    halved_class, with_bias, forward_hook, pre_hook, parametrized, old_weight_norm, own_forward,
+    offloaded, quantised,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MORE_THAN_A_PRODUCT, ids=lambda change: change.__name__)
+def test_a_layer_that_does_more_than_to_multiply_is_called(
+    change: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eager's numbers, over growing caches and pages, padded; that it matters is the control."""
+    inputs, expanding = batch("padded"), Expanding(monkeypatch)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+    models = {}
+    for name in (OURS, "eager"):
+        models[name] = copy.deepcopy(build(V3, name))
+        for layer in models[name].model.layers:
+            change(layer.self_attn)
+    if change is not quantised:  # which should hardly matter
+        plain = decode_logits(build(V3, "eager"), inputs)
+        assert worst(decode_logits(models["eager"], inputs), plain) > 100 * TOLERANCE
+    with torch.no_grad():
+        expected = models["eager"].generate(**inputs, **options)
+        assert torch.equal(models[OURS].generate(**inputs, **options), expected)
+        expanding.count = 0
+        for dtype in (None, "fp8"):
+            cache = PagedCache(models[OURS], dtype=dtype)
+            found = models[OURS].generate(**inputs, past_key_values=cache, **options)
+            if dtype is None:
+                assert torch.equal(found, expected)
+    assert expanding.count == 2 * 2 * 6  # caches, layers, steps
+
+
+def test_a_layer_that_cannot_run_is_refused() -> None:
     model = copy.deepcopy(build(V3, OURS))
-    attention = model.model.layers[1].self_attn
-    plain = attention.kv_b_proj
-    if kind == "subclass":
-        attention.kv_b_proj = Wrapped(plain.in_features, plain.out_features, bias=False)
-    elif kind == "bias":
-        attention.kv_b_proj = nn.Linear(plain.in_features, plain.out_features)
-    else:
-        plain.weight = nn.Parameter(plain.weight.to(torch.int8), requires_grad=False)
-    message = (
-        r"kv_b_proj itself.*it is (a Wrapped|a linear layer with a bias|torch.int8).*triton_fa2"
-    )
-    with pytest.raises(ValueError, match=message):
+    linear = model.model.layers[1].self_attn.kv_b_proj
+    linear.weight = nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"kv_b_proj, which must be floating-point.*torch.int8"):
         decode_logits(model, batch("unpadded"))
 
 

@@ -187,6 +187,124 @@ def test_own_loop_with_rolling_cache() -> None:
     assert_close(torch.cat(parts, dim=1), eager_logits(LLAMA, whole(ids), 4, 2))
 
 
+LONG = padded("left", length=60, lengths=(60, 53, 11))
+
+
+def in_parts(model: Any, cache: Any, sizes: list[int], how: str) -> Tensor:
+    """Logits of LONG, given to the model in parts, each call in one of the ways to make it."""
+    ids, mask, places = LONG["input_ids"], LONG["attention_mask"], positions(LONG["attention_mask"])
+    out, end = [], 0
+    for part, place in zip(ids.split(sizes, 1), places.split(sizes, 1), strict=True):
+        end += part.shape[1]
+        with torch.no_grad():
+            if how == "keywords":
+                found = model(
+                    part, attention_mask=mask[:, :end], position_ids=place, past_key_values=cache
+                )
+            elif how == "positions":
+                found = model(part, mask[:, :end], place, cache)
+            elif how == "mask as position":
+                found = model(part, mask[:, :end], position_ids=place, past_key_values=cache)
+            else:  # no hook of the model as a whole
+                inner = model.model(
+                    part, attention_mask=mask[:, :end], position_ids=place, past_key_values=cache
+                )
+                out.append(model.lm_head(inner[0]))
+                continue
+        out.append(found.logits)
+    return torch.cat(out, 1)
+
+
+PARTS = {"ones": [1] * 60, "ten, ones": [10] + [1] * 50, "fives": [5] * 12, "one, rest": [1, 59]}
+
+
+@pytest.mark.parametrize("how", ["keywords", "positions", "mask as position", "inner model"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_first_tokens_behind_padding(parts: str, how: str) -> None:
+    """However the model is called, a row's first tokens stay, not the padding before them."""
+    model = windowed(LLAMA, window=4, sinks=3)
+    cache = RollingCache(model.config)
+    ours = in_parts(model, cache, PARTS[parts], how)
+    assert_close(ours, eager_logits(LLAMA, LONG, 4, 3), LONG["attention_mask"])
+    if len(PARTS[parts]) > 2:
+        assert cache.layers[0].keys.shape[-2] < 30  # and the rest is let go
+
+
+def test_first_tokens_of_a_model_that_was_loaded(tmp_path: Any) -> None:
+    """Its settings are in the config; no hook is on it."""
+    from transformers import AutoModelForCausalLM
+
+    windowed(LLAMA, 4, 3).save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="triton_swa").eval()
+    ours = in_parts(again, RollingCache(again.config), [5] * 12, "keywords")
+    assert_close(ours, eager_logits(LLAMA, LONG, 4, 3), LONG["attention_mask"])
+    prompt = {name: x[:, :30] for name, x in LONG.items()}
+    prompt = {name: x[:2] for name, x in prompt.items()}
+    found = greedy(again, prompt, 20, past_key_values=RollingCache(again.config))
+    assert torch.equal(found, eager_greedy(LLAMA, prompt, 4, 3, 20))
+
+
+def test_prefill_one_by_one() -> None:
+    inputs = padded("left", length=20, lengths=(20, 13, 5))
+    model = windowed(LLAMA, 4, 3)
+    ours = greedy(model, inputs, 20, prefill_chunk_size=1)
+    assert torch.equal(ours, eager_greedy(LLAMA, inputs, 4, 3, 20))
+
+
+def test_first_tokens_of_reordered_rows() -> None:
+    """Rows are exchanged, repeated and selected between passes; then their masks are others."""
+    model = windowed(LLAMA, 4, 3)
+    ids, mask = LONG["input_ids"], LONG["attention_mask"]
+    theirs = eager_logits(LLAMA, LONG, 4, 3)
+    cache, order = RollingCache(model.config), torch.arange(3)
+    moves = {
+        15: ("reorder_cache", torch.tensor([2, 0, 1])),
+        25: ("batch_select_indices", torch.tensor([2, 1])),
+        35: ("batch_repeat_interleave", 2),
+        45: ("reorder_cache", torch.tensor([3, 2, 1, 0])),
+    }
+    for end in range(5, 65, 5):
+        if end - 5 in moves:
+            name, value = moves[end - 5]
+            getattr(cache, name)(value)
+            order = order.repeat_interleave(2) if name.endswith("interleave") else order[value]
+        now, seen = mask[order, :end], slice(end - 5, end)
+        with torch.no_grad():
+            ours = model(
+                ids[order, seen], attention_mask=now, position_ids=positions(now)[:, seen],
+                past_key_values=cache,
+            ).logits  # fmt: skip
+        assert_close(ours, theirs[order, seen], now[:, seen])
+
+
+def test_what_nobody_has_told_is_not_dropped() -> None:
+    """A mask of the caller's own in four dimensions bypasses the mask function."""
+    model = windowed(LLAMA, 4, 2)
+    cache, ids = RollingCache(model.config), tokens(2, 40)
+    wide = written_out(LLAMA, torch.ones_like(ids), 4, 2)
+    out = []
+    for end in range(10, 41, 10):
+        with torch.no_grad():
+            given = wide[:, :, end - 10 : end, :end]
+            out.append(model(ids[:, end - 10 : end], attention_mask=given, past_key_values=cache))
+    assert cache.layers[0].keys.shape[-2] == 40
+    assert_close(torch.cat([x.logits for x in out], 1), eager_logits(LLAMA, whole(ids), 4, 2))
+
+
+def test_a_mask_that_is_left_out_later() -> None:
+    """Without padding it may be; with it, who knows which columns were kept?"""
+    model = windowed(LLAMA, 4, 2)
+    for inputs, says in ((whole(tokens(2, 30)), None), (padded("left", 30, (30, 9)), "has none")):
+        cache = RollingCache(model.config)
+        with torch.no_grad():
+            model(**inputs, past_key_values=cache)
+            if says is None:
+                model(tokens(2, 1), past_key_values=cache)
+            else:
+                with pytest.raises(ValueError, match=says):
+                    model(tokens(2, 1), past_key_values=cache)
+
+
 def test_window_wider_than_the_text_changes_nothing() -> None:
     inputs = padded("left")
     assert torch.equal(

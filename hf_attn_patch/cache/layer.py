@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -67,7 +68,8 @@ class PagedLayer(CacheLayerMixin):
 
     def __init__(self, cache: PagedCache, window: int | None, number: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.window, self.number = cache, window, number
+        self.window, self.number = window, number
+        self.belong_to(cache)
         self.length = 0  # of the batch, padding included
         self.k_pages: Tensor | None = None
         self.v_pages: Tensor | None = None
@@ -75,6 +77,20 @@ class PagedLayer(CacheLayerMixin):
         self.v_descale: Tensor | None = None
         self._room: tuple[Tensor, Tensor] | None = None  # of which k_pages and v_pages are the part
         self._on_host: tuple[list[int], Tensor, Tensor] | None = None
+
+    def belong_to(self, cache: PagedCache) -> None:
+        """Be a layer of `cache`, without keeping it alive: a cache that is dropped is freed."""
+        self._cache = ref(cache)
+
+    @property
+    def cache(self) -> PagedCache:
+        found = self._cache()
+        if found is None:
+            raise ValueError(
+                f"the PagedCache of this layer {self.number} is gone: keep the cache, not its "
+                "layers, as long as the model is called with them"
+            )
+        return found
 
     # -- transformers' side ------------------------------------------------------------------------
 
@@ -96,12 +112,13 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """``[B, Hkv, S, D]`` and ``[B, Hkv, S, Dv]``: the same, marked as this layer's."""
-        if self.length == self.cache.length:  # the step's first layer: reading a config takes time
-            check_reader(self.cache.config)
+        cache = self.cache
+        if not cache.unfinished:  # the step's first layer: reading a config takes time
+            check_reader(cache.config)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_same_model(key_states, value_states)
-        self.cache.expect(self)
+        cache.expect(self)
         keys = key_states.view_as(key_states)  # the mark must not stay on somebody else's tensor
         setattr(keys, ATTRIBUTE, self)
         return keys, value_states
@@ -149,14 +166,17 @@ class PagedLayer(CacheLayerMixin):
     def pages(self) -> tuple[Tensor, Tensor]:
         """Keys and values, on the device and as large as the pool has become."""
         size = self.cache.rows.tables[self.window].pool.size
-        if self._on_host is not None:
-            self._fetch()
+        if self._on_host is not None and self.k_pages is not None:
+            self._on_host = None  # moving away broke off: these are the ones that count
         if self.k_pages is None or self.v_pages is None or self.k_pages.shape[0] < size:
             if self._room is None or self._room[0].shape[0] < size:
                 old = (self.k_pages, self.v_pages)
                 k, v = (self._more_room(*of, size) for of in zip(old, self.shapes, strict=True))
                 self._room = (k, v)
-            self.k_pages, self.v_pages = (room[:size] for room in self._room)
+            k, v = (room[:size] for room in self._room)
+            if self._on_host is not None:
+                self._fetch(k, v)
+            self.k_pages, self.v_pages = k, v
         return self.k_pages, self.v_pages
 
     def _more_room(self, old: Tensor | None, shape: tuple[int, int], size: int) -> Tensor:
@@ -181,40 +201,46 @@ class PagedLayer(CacheLayerMixin):
             x[target] = x[source]
 
     def write(self, keys: Tensor, values: Tensor, slots: Tensor) -> None:
-        """Keys ``[B, S, Hkv, D]`` and values at `slots` ``[B, S]``: page * page_size + place."""
+        """Keys ``[B, S, Hkv, D]`` and values at `slots` ``[B, S]``: page * page_size + place.
+
+        The last thing it does is to tell the cache.
+        """
         self.set_scales(keys, values, slots)
         new = (self._stored(keys, self.k_descale), self._stored(values, self.v_descale))
         for pages, x in zip(self.pages, new, strict=True):
             pages.view(-1, *pages.shape[2:])[slots] = x
+        self.cache.wrote(self)
 
     def set_scales(self, keys: Tensor, values: Tensor, slots: Tensor | None = None) -> None:
         """With float8 pages: choose the scales, once, by the first real tokens."""
-        if self.cache.page_dtype is None or self.k_descale is not None:
+        if self.cache.page_dtype is None or self.v_descale is not None:
             return
-        largest = torch.finfo(self.dtype).max
-        for name, x in (("k_descale", keys), ("v_descale", values)):
+        largest, scales = torch.finfo(self.dtype).max, []
+        for x in (keys, values):
             size = x.detach().abs().amax(-1).float()  # [B, S, Hkv]
             if slots is not None:
                 size = size * (slots >= self.cache.page_size * (NOBODYS + 1))[..., None]
             top = size.amax((0, 1)).clamp_min(torch.finfo(torch.float32).tiny * largest)
-            setattr(self, name, top * (FP8_HEADROOM / largest))
+            scales.append(top * (FP8_HEADROOM / largest))
+        self.k_descale, self.v_descale = scales
 
     def _stored(self, x: Tensor, descale: Tensor | None) -> Tensor:
         return x if descale is None else quantise(x, descale[None])
 
     def to_host(self, used: list[int]) -> None:
         """Move the pages `used` to main memory and let go of the device's."""
-        if self.k_pages is not None and self.v_pages is not None and self._on_host is None:
+        if self.k_pages is not None and self.v_pages is not None:
             k, v = (x[used].to("cpu") for x in (self.k_pages, self.v_pages))
             self._on_host = (used, k, v)
             self.k_pages = self.v_pages = self._room = None
 
-    def _fetch(self) -> None:
+    def _fetch(self, *pages: Tensor) -> None:
+        """What was moved away, into pages that nobody uses yet; a failure loses nothing."""
         assert self._on_host is not None
         used, *stored = self._on_host
+        for room, x in zip(pages, stored, strict=True):
+            room[used] = x.to(self.device)
         self._on_host = None
-        for pages, x in zip(self.pages, stored, strict=True):
-            pages[used] = x.to(self.device)
 
     def reset(self) -> None:
         self.length = 0

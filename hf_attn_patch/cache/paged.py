@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compat import Cache, PreTrainedModel, implementation_of
 from ..models import mla
 from ..swa_settings import OWN_WINDOWS, required
+from . import inputs, model_state
+from .inputs import ForwardInputs, real_tokens
 from .layer import PagedLayer, check_reader
+from .model_state import ModelState
+from .pool import OutOfPagesError
 from .rolling import layer_windows
 from .rows import Rows, Window
 from .stats import CacheStats, filled, percent
@@ -26,15 +31,16 @@ class PagedCache(Cache):
 
     Rows of a batch share the pages of equal beginnings and copy them when they part (beams,
     ``num_return_sequences``, equal prompts). Padding takes no place. Pages that leave a layer's
-    window are let go. Full pages stay findable by their tokens: :meth:`start`, called before
-    ``generate()``, takes from them what a new prompt has in common with earlier rows. Kwon et al.,
-    "PagedAttention" (2023).
+    window are let go. Full pages stay findable: :meth:`start`, called before ``generate()``, takes
+    from them what a new prompt has in common with earlier rows. Pages are shared and found only
+    where token ids, their places and the model's state are all that made them; see
+    ``docs/paged-cache.md``. Kwon et al., "PagedAttention" (2023).
 
     Padding comes before a row's tokens (``padding_side="left"``). Encoder-decoder models take
     ``EncoderDecoderCache(PagedCache(model), DynamicCache())``: cross-attention keeps plain tensors.
 
     Args:
-        model: with one of our implementations; a hook on it tells the cache the token ids.
+        model: with one of our implementations; a hook on it tells the cache what it is called with.
         page_size: tokens of a page: 16, 32, 64, 128 or 256.
         max_bytes: of keys and values; None: as much as is asked for. A pool that grows is copied a
             layer at a time: for that moment there is one layer's pool more.
@@ -79,36 +85,65 @@ class PagedCache(Cache):
         self.on_device = {window: DeviceTable(page_size) for window in sinks}
         self.length = 0  # columns of the batch, padding included
         self.step: Step | None = None  # the forward pass that runs, or ran last
-        self._ids: Tensor | None = None  # what the model is being called with
+        self.unfinished = False  # something has begun and not come to its end
+        self.inputs: ForwardInputs | None = None  # what the model is being called with
+        self._state: ModelState | None = None  # of the model, when the present rows began
         self._expected: PagedLayer | None = None  # has handed out keys that nobody has read
         self._from_start = False  # rows may still be multiplied, as generate() does
-        _watch(model, self)
+        self._model = weakref.ref(model)
+        inputs.watch(model, self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedCache:
+        """A cache of its own, of the same model: layers and the hook know their cache."""
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        shared = ("config", "_model", "_state", "inputs")
+        for name, value in vars(self).items():
+            twin.__dict__[name] = value if name in shared else copy.deepcopy(value, memo)
+        for layer in twin.layers:
+            layer.belong_to(twin)
+        model = self._model()
+        if model is not None:
+            inputs.watch(model, twin)
+        return twin
 
     # -- between generations -----------------------------------------------------------------------
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> int:
+    def start(self, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> int:
         """Begin new rows, with what earlier ones have in common with them already there.
 
-        Call it with the inputs of ``generate()``, then ``generate()`` with this cache. Prompts are
-        matched in whole pages; at least the last token is left to compute.
+        Call it with the inputs of ``generate()``, all of them, then ``generate()`` with this cache.
+        Prompts are matched in whole pages; at least the last token is left to compute.
 
         Args:
             input_ids: ``[B, S]``; attention_mask: ``[B, S]``, 0 for padding on the left.
+            others: of the model's inputs; with any that a page's key does not cover, such as
+                images, nothing is found.
 
         Returns:
             Columns of `input_ids` that need not be computed again.
         """
-        real = real_tokens(attention_mask, *input_ids.shape)
-        if not self._broken:
-            self.rows.settle()
+        batch, width = input_ids.shape
+        real = real_tokens(attention_mask, batch, width)
+        model = self._model()
+        state = None if model is None else model_state.read(model)
+        positions = others.get("position_ids")
+        plain = inputs.not_covered(model, others) is None and (
+            positions is None or inputs.counts_tokens(positions, [0] * batch, real, 0, width)
+        )
         ids = [row[len(row) - n :] for row, n in zip(input_ids.tolist(), real, strict=True)]
-        column = self.rows.resume(ids, input_ids.shape[1], trust=not self._broken)
+        # rows whose model has changed meanwhile may be of two states
+        trust = not self.unfinished and _same(state, self._state)
+        self.unfinished = True
+        seed = state.key if state is not None and plain else None
+        column = self.rows.resume(ids, width, trust=trust, seed=seed)
+        self._state = state
         self._moved(column)
         self._from_start = True
         return column
 
     def reset(self) -> None:
         """Forget everything and give the memory back."""
+        self.unfinished = True
         self.rows.reset()
         for layer in self.layers:
             layer.reset()
@@ -159,7 +194,12 @@ class PagedCache(Cache):
                 f"crop() takes the negative number of tokens to remove, got {tokens_to_remove}"
             )
         self._refuse_broken()
-        self.rows.shorten(-tokens_to_remove)
+        self.unfinished = True
+        try:
+            self.rows.shorten(-tokens_to_remove)
+        except ValueError:  # nothing was changed
+            self.unfinished = False
+            raise
         self._moved(max(0, self.length + tokens_to_remove))
 
     def activate_past_recording(self) -> None:
@@ -181,6 +221,7 @@ class PagedCache(Cache):
     def _select(self, indices: list[int]) -> None:
         self._settle()
         if indices != list(range(len(self.rows.tokens))):
+            self.unfinished = True
             self.rows.select(indices)
             self._moved(self.length)
 
@@ -191,19 +232,34 @@ class PagedCache(Cache):
             table.table = None
         for layer in self.layers:
             layer.length = length
-        self._expected = None
+        self._expected = self.inputs = None
+        self.unfinished = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the batch that a layer has taken, padding included.
+
+        Raises:
+            ValueError: PEFT would put a cache of its own in this one's place.
+        """
+        model = None if any(self.rows.tokens) else self._model()
+        if model is not None:
+            inputs.refuse_other_cache(model)
+        return super().get_seq_length(layer_idx)
 
     # -- a forward pass ----------------------------------------------------------------------------
 
     def expect(self, layer: PagedLayer) -> None:
         """A layer hands out its new keys: the attention function must have read those before."""
         waiting, self._expected = self._expected, layer
-        if waiting is not None and waiting is not layer:
-            raise ValueError(
-                f"layer {waiting.number} did not pass its keys on to the attention function as the "
-                f"cache gave them: a model of type {self.config.model_type!r} cannot use a "
-                "PagedCache; use transformers' DynamicCache"
-            )
+        if waiting is None or waiting is layer:
+            return
+        if self.unfinished and self.step is not None and layer.number in self.step.entered:
+            self._refuse_broken()  # that was an earlier forward pass
+        raise ValueError(
+            f"layer {waiting.number} did not pass its keys on to the attention function as the "
+            f"cache gave them: a model of type {self.config.model_type!r} cannot use a "
+            "PagedCache; use transformers' DynamicCache"
+        )
 
     def enter(self, layer: PagedLayer, batch: int, new: int, mask: Tensor | None) -> Step:
         """The step in which `layer` gets `new` columns of `batch` rows; its first layer begins it.
@@ -211,14 +267,27 @@ class PagedCache(Cache):
         `mask` is ``[B, length + new]`` bool, False for padding; None for none.
         """
         self._expected = None
-        if layer.length == self.length:
+        if not self.unfinished:
             self.step = self._begin(batch, new, mask, layer.device)
         step = self.step
-        if step is None or layer.length != step.length or new != step.new:
+        if step is None or layer.number in step.entered or layer.length != step.length:
             self._refuse_broken()
-            raise AssertionError("a layer took other columns than the one before it")
-        layer.length += new
+        assert step is not None and new == step.new, "a layer took other columns than the first"
+        step.entered.add(layer.number)
         return step
+
+    def wrote(self, layer: PagedLayer) -> None:
+        """A layer's pages hold the step's tokens. The step counts when they all do."""
+        step = self.step
+        assert step is not None and layer.number in step.entered
+        step.written.add(layer.number)
+        layer.length = step.length + step.new
+        if len(step.written) < len(self.layers):
+            return
+        self.length = layer.length
+        if self.rows.history.complete and not (self._state is not None and self._state.holds()):
+            self.rows.history.give_up()  # the model was changed between these tokens
+        self.unfinished = False
 
     def _begin(self, batch: int, new: int, mask: Tensor | None, device: torch.device) -> Step:
         self._settle()
@@ -227,27 +296,38 @@ class PagedCache(Cache):
         # looking waits for a GPU: worth it once per prompt, not at every step
         if mask is not None and (new > 1 or mask.device.type == "cpu"):
             real = real_tokens(mask[:, -new:], batch, new)
-            self._check_earlier(mask[:, :-new], batch)
+            inputs.check_earlier(mask[:, :-new], self.rows.tokens, batch)
+        given, self.inputs = self.inputs, None
         if not rows.tokens:
-            rows.begin(batch)
+            model = None if given is None or given.ids is None else given.model()
+            self._state = None if model is None else model_state.read(model)
+            rows.begin(batch, None if self._state is None else self._state.key)
         elif self._from_start and batch % len(rows.tokens) == 0:
             self.batch_repeat_interleave(batch // len(rows.tokens))
+            self._from_start = True
         if batch != len(rows.tokens):
             raise ValueError(
                 f"this cache holds {len(rows.tokens)} rows and got {batch}: call cache.start(...) "
                 "or cache.reset() before other prompts"
             )
+        why = self._not_shared(given, batch, new, real)
+        if why is not None and self.resumed:
+            inputs.refuse_resuming(self.length, why)
         self._from_start = False
-        ids, self._ids = self._ids, None
-        if ids is not None and tuple(ids.shape) != (batch, new):
-            ids = None
+        ids = given.ids if given is not None and why is None else None
         before = rows.tokens
-        changes = rows.extend(real, new, ids, self._page_bytes)
+        self.unfinished = True
+        try:
+            changes = rows.extend(
+                real, new, ids, self._page_bytes, None if given is None else given.positions
+            )
+        except OutOfPagesError:  # nothing was changed
+            self.unfinished = False
+            raise
         for layer in self.layers:
             layer.copy_pages(changes[layer.window].copies)
         for window, table in self.on_device.items():
             table.update(rows.tables[window], changes[window], device)
-        length, self.length = self.length, self.length + new
         last = self.step
         held = last.grown if last is not None and last.grown.device == device else None
         if held is None:
@@ -255,35 +335,51 @@ class PagedCache(Cache):
         count: int | Tensor = new
         if real != [new] * batch:
             count = torch.tensor(real, dtype=torch.int32).to(device)
-        return Step(length, new, before, rows.tokens, held, held + count)
+        return Step(self.length, new, before, rows.tokens, held, held + count)
 
-    def _check_earlier(self, mask: Tensor, batch: int) -> None:
-        """Raises ValueError when a mask hides tokens that are in pages, or shows padding."""
-        held = self.rows.tokens
-        if len(held) != batch:  # empty, or to be multiplied
-            held = [n for n in held for _ in range(batch // max(1, len(held)))]
-        shown = mask.sum(-1).tolist()
-        if shown != (held or [0] * batch):
-            raise ValueError(
-                f"the attention mask shows {shown} earlier tokens of the rows, this cache holds "
-                f"{held}: pass the mask that they were computed with and ones for what was "
-                "generated (without a mask generate() takes every pad token for padding)"
-            )
+    @property
+    def resumed(self) -> bool:
+        """Whether start() has found pages, and the call that goes on from them is still to come."""
+        return self._from_start and any(self.rows.tokens)
+
+    def _not_shared(
+        self, given: ForwardInputs | None, batch: int, new: int, real: list[int]
+    ) -> str | None:
+        """Why the new tokens' pages are not told by their ids, None if they are."""
+        if not self.rows.history.complete:
+            return "what is not known by its tokens"
+        if given is None:
+            return "inputs that no hook of this cache has seen"
+        if given.ids is None:
+            return given.why or "no input_ids"
+        if tuple(given.ids.shape) != (batch, new):
+            return f"input_ids of shape {list(given.ids.shape)} for {[batch, new]} keys"
+        positions, before = given.positions, self.rows.tokens
+        if not self._from_start and new == 1 and all(real) and positions is not None:
+            return None  # looked at when somebody asks: see History.add
+        if not inputs.counts_tokens(positions, before, real, self.length, new):
+            return "position_ids that are not the tokens' places in their rows"
+        if not self._from_start:
+            return None
+        if given.mask_columns not in (None, self.length + new):
+            return f"an attention_mask of {given.mask_columns} columns for {self.length + new}"
+        if self._state is None or self._model() is not given.model() or not self._state.holds():
+            return "another model, or one that was changed since"
+        return None
 
     def _settle(self) -> None:
         self._refuse_broken()
+        self.unfinished = True
         self.rows.settle()
-
-    @property
-    def _broken(self) -> bool:
-        """Whether a forward pass has ended halfway."""
-        return any(layer.is_initialized and layer.length != self.length for layer in self.layers)
+        self.unfinished = False
 
     def _refuse_broken(self) -> None:
-        if self._broken:
+        if self.unfinished:
+            behind = [x.number for x in self.layers if self.step and x.length == self.step.length]
             raise ValueError(
                 "a forward pass with this cache ended halfway, so its layers hold different "
-                "tokens: call cache.start(...) or cache.reset() and begin again"
+                f"tokens (behind are layers {behind}): call cache.start(...) or cache.reset() and "
+                "begin again"
             )
 
     def _page_bytes(self) -> dict[Window, int]:
@@ -296,36 +392,5 @@ class PagedCache(Cache):
         return sizes
 
 
-def real_tokens(mask: Tensor | None, batch: int, columns: int) -> list[int]:
-    """How many of each row's columns are no padding, which must come first; mask ``[B, S]``."""
-    if mask is None:
-        return [columns] * batch
-    if tuple(mask.shape) != (batch, columns):
-        raise ValueError(
-            f"the attention mask is {list(mask.shape)}, the tokens are {[batch, columns]}"
-        )
-    mask = mask.bool()
-    count = mask.sum(-1)
-    first = torch.arange(columns, 0, -1, device=mask.device)
-    if not torch.equal(mask, first <= count[:, None]):
-        raise ValueError(
-            "a PagedCache takes padding only before a row's tokens; set "
-            "tokenizer.padding_side='left', or use transformers' DynamicCache for other masks"
-        )
-    found: list[int] = count.tolist()
-    return found
-
-
-def _watch(model: nn.Module, cache: PagedCache) -> None:
-    """Tell a cache, as long as it lives, the token ids of the model's forward passes with it."""
-    reference = weakref.ref(cache)
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        alive, given = reference(), kwargs.get("past_key_values")
-        if alive is None or alive not in (given, getattr(given, "self_attention_cache", None)):
-            return
-        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
-        alive._ids = ids if isinstance(ids, Tensor) else None
-
-    handle = model.register_forward_pre_hook(note, with_kwargs=True)
-    weakref.finalize(cache, handle.remove)
+def _same(state: ModelState | None, earlier: ModelState | None) -> bool:
+    return state is not None and earlier is not None and state.key == earlier.key

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, implementation_of
-from ..sinks import head_slots
+from ..sinks import RowStarts, ask, head_slots
 from ..swa_settings import SwaSettings, required
 
 SLACK = 64
@@ -31,7 +31,13 @@ class RollingLayer(DynamicLayer):
     values: Tensor
 
     def __init__(
-        self, window: int, sinks: int = 0, *, is_sliding: bool = False, slack: int = SLACK
+        self,
+        window: int,
+        sinks: int = 0,
+        *,
+        is_sliding: bool = False,
+        slack: int = SLACK,
+        starts: RowStarts | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = is_sliding  # transformers' word for "the model's own config slides it"
@@ -39,7 +45,7 @@ class RollingLayer(DynamicLayer):
         self.sinks = sinks
         self.slack = max(slack, sinks)  # so that the first drop is behind every row's first sinks
         self.record_past = False
-        self.sink_columns: Tensor | None = None  # [B, S]; None: columns 0 to S - 1
+        self.starts = starts or RowStarts()
         self.cumulative_length = 0
         self.start = 0
 
@@ -60,7 +66,9 @@ class RollingLayer(DynamicLayer):
         values = torch.cat([self.values, value_states], dim=-2)
         self.cumulative_length += new
         self.keys, self.values = keys, values
-        if not self.record_past:
+        # better too long than without the rows' first tokens
+        known = not self.sinks or self.starts.told() == self.cumulative_length
+        if known and not self.record_past:
             self._drop(revocable)
         return keys, values
 
@@ -77,11 +85,14 @@ class RollingLayer(DynamicLayer):
 
     def _sink_index(self, start: int) -> Tensor | None:
         """``[B, S]`` where what the head shall hold stands now; None: it is the first S keys."""
-        if self.sink_columns is None or self.sinks == 0:
+        total = self.cumulative_length
+        columns = self.starts.columns(self.sinks, total) if self.sinks else None
+        if columns is None:
             return None
-        number, _ = head_slots(self.sink_columns, start)
-        column = self.sink_columns.gather(1, number)
-        gone = (self.sink_columns < self.start).sum(-1, keepdim=True)
+        columns = columns.to(self.keys.device)
+        number, _ = head_slots(columns, start)
+        column = columns.gather(1, number)
+        gone = (columns < self.start).sum(-1, keepdim=True)
         in_head = number + self.sinks - gone
         in_tail = column - self.start + (self.sinks if self.start else 0)
         index = torch.where(column < self.start, in_head, in_tail)
@@ -116,9 +127,10 @@ class RollingLayer(DynamicLayer):
         by the length, which is less than the tokens seen.
         """
         tail = self.cumulative_length - self.start + query_length
-        if self.sinks and self.start:
-            return self.sinks + tail, 0
-        return tail, self.start
+        sizes = (self.sinks + tail, 0) if self.sinks and self.start else (tail, self.start)
+        if self.sinks:
+            ask(self.starts, *sizes)
+        return sizes
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens.
@@ -145,30 +157,26 @@ class RollingLayer(DynamicLayer):
             self.keys = self.keys[..., : self.keys.shape[-2] - remove, :]
             self.values = self.values[..., : self.values.shape[-2] - remove, :]
             self.cumulative_length = left
-        if self.record_past:
+        if self.record_past and (not self.sinks or self.starts.told() >= left):
             self._drop(self.slack)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.cumulative_length = self.start = 0
-        self.sink_columns = None
+        self.starts.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.sink_columns is not None:
-            self.sink_columns = self.sink_columns.repeat_interleave(repeats, dim=0)
+        self.starts.forget()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
-        if self.sink_columns is not None:
-            self.sink_columns = self.sink_columns[indices, ...]
+        self.starts.forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        if self.sink_columns is not None:
-            rows = beam_idx.to(self.sink_columns.device)
-            self.sink_columns = self.sink_columns.index_select(0, rows)
+        self.starts.forget()
 
 
 class RollingCache(Cache):
@@ -201,7 +209,8 @@ def rolling_layers(config: Any, settings: SwaSettings) -> list[Any]:
     layers = DynamicCache(config=config).layers
     if not layers:
         layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    return [_rolling(layer, settings) for layer in layers]
+    starts = RowStarts()
+    return [_rolling(layer, settings, starts) for layer in layers]
 
 
 def layer_windows(config: Any, settings: SwaSettings) -> list[int | None]:
@@ -220,13 +229,13 @@ def layer_windows(config: Any, settings: SwaSettings) -> list[int | None]:
     return [settings.narrow(getattr(layer, "sliding_window", None)) for layer in layers]
 
 
-def _rolling(layer: Any, settings: SwaSettings) -> Any:
+def _rolling(layer: Any, settings: SwaSettings, starts: RowStarts) -> Any:
     slides = type(layer) is DynamicSlidingWindowLayer
     if not slides and type(layer) is not DynamicLayer:
         return layer  # linear attention, convolutions: not ours
     window = settings.narrow(layer.sliding_window if slides else None)
     if window is None:
         return layer
-    rolling = RollingLayer(window, settings.sinks, is_sliding=slides, slack=SLACK)
+    rolling = RollingLayer(window, settings.sinks, is_sliding=slides, slack=SLACK, starts=starts)
     rolling.record_past = getattr(layer, "record_past", False)
     return rolling

@@ -43,26 +43,32 @@ class Rows:
         self.keep_all = False  # until the next `shorten`
         self.asked = self.found = 0
 
-    def begin(self, count: int) -> None:
-        """Empty rows in the place of all others."""
+    def begin(self, count: int, seed: bytes | None = b"") -> None:
+        """Empty rows in the place of all others; `seed` as in :func:`.history.page_keys`."""
         self.clear()
         self.tokens = [0] * count
-        self.history.clear(count)
+        self.history.clear(count, seed)
         for table in self.tables.values():
             table.rows = [[] for _ in range(count)]
 
-    def resume(self, ids: Sequence[Sequence[int]], width: int, trust: bool = True) -> int:
+    def resume(
+        self,
+        ids: Sequence[Sequence[int]],
+        width: int,
+        trust: bool = True,
+        seed: bytes | None = b"",
+    ) -> int:
         """New rows of `ids`, given what the present and earlier rows left in pages.
 
         All rows end in the same column of a batch `width` wide, padded on the left, and are to be
         computed from the same column on: that is returned. Without `trust` what the present rows
-        hold is not used.
+        hold is not used, with another `seed` than they had nothing is found.
         """
         if trust:
             self.remember()
         self.clear()
         history = History(self.page_size)
-        history.begin(ids)
+        history.begin(ids, seed)
         # the last token is always computed: its logits are wanted
         keys = [
             k[: (len(r) - 1) // self.page_size] for k, r in zip(history.keys(), ids, strict=True)
@@ -89,16 +95,23 @@ class Rows:
         return column
 
     def extend(
-        self, new: Sequence[int], width: int, ids: Tensor | None, page_bytes: PageBytes
+        self,
+        new: Sequence[int],
+        width: int,
+        ids: Tensor | None,
+        page_bytes: PageBytes,
+        positions: Tensor | None = None,
     ) -> dict[Window, Changes]:
         """``new[r]`` more tokens in row r; `ids` ``[B, width]`` ends with them, if it is known.
+
+        `positions` as in :meth:`.history.History.add`.
 
         Raises OutOfPagesError, nothing changed.
         """
         before = self.tokens
         after = [old + count for old, count in zip(before, new, strict=True)]
         self._make_room(before, after, page_bytes)
-        self.history.add(ids, new)
+        self.history.add(ids, new, positions)
         keys = self.history.keys() if width > 1 else None
         changes = {
             window: table.extend(before, after, keys, self._slack)

@@ -23,6 +23,7 @@ class Step:
         length: columns before it; new: S.
         before: each row's tokens before it; after: with the new ones, which come last in a row.
         held: `before` as ``[B]`` int32 on the device; grown: `after`.
+        entered: numbers of the layers that have asked for it; written: whose pages hold its tokens.
     """
 
     length: int
@@ -31,6 +32,8 @@ class Step:
     after: Sequence[int]
     held: Tensor
     grown: Tensor
+    entered: set[int] = field(default_factory=set)
+    written: set[int] = field(default_factory=set)
 
     @property
     def fresh(self) -> bool:

@@ -11,6 +11,7 @@ Touches `expand_kv` and `kv_b_proj` of transformers' attention layers. Checked o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,34 @@ def hands_over(module: nn.Module) -> bool:
     """Whether the attention function gets latents from this layer, rather than keys and values."""
     found = module.__dict__.get("expand_kv")
     return isinstance(found, MethodType) and found.__func__ is expand_kv
+
+
+def only_multiplies(linear: Any) -> bool:
+    """Whether calling `kv_b_proj` comes to a product with its weight and nothing else.
+
+    Hooks do more; adapters, parametrizations and some quantisations change its class, others the
+    class of its weight, accelerate's offloading its `forward`.
+    """
+    import torch
+    from torch.distributed.tensor import DTensor
+    from torch.nn.modules import module
+
+    hooks = (
+        linear._forward_hooks, linear._forward_pre_hooks,
+        module._global_forward_hooks, module._global_forward_pre_hooks,
+    )  # fmt: skip
+    return (
+        type(linear) is torch.nn.Linear
+        and linear.bias is None
+        and type(linear.weight) in (torch.nn.Parameter, torch.Tensor, DTensor)
+        and "forward" not in vars(linear)
+        and not any(hooks)
+    )
+
+
+def parameters(module: Any) -> Iterator[Tensor]:
+    """What a layer's expansion is trained by."""
+    yield from module.kv_b_proj.parameters()
 
 
 def expand_kv(self: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
