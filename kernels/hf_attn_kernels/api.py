@@ -11,6 +11,8 @@ query i sees key j only if ``i + K - Q - left <= j <= i + K - Q + right``.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -58,10 +60,14 @@ def flash_attn_func(
         return_attn_probs: also return the log-sum-exp, as FlashAttention-2 does.
         s_aux: ``[Hq]`` one more logit in each row's denominator (attention sinks of gpt-oss).
         bias: ``[1|B, 1|Hq, 1|Q, K]``, bool (True = keep) or added after the softcap; a floating
-            bias gets a gradient.
+            bias gets a gradient. A row that it hides whole by a finite number (finfo.min) weighs
+            its keys as eager attention does, about alike; by -inf or False it sees nothing.
         key_padding_mask: ``[B, K]`` bool, True = keep; any pattern. Hides keys, moves nothing.
         sink_tokens: that many positions of each row, from its first kept key on, stay visible
             whatever the left window hides (StreamingLLM, Xiao et al. 2023).
+
+    Sizes of 0 give an empty answer, but for head_dim, KV heads and the page size of a cache, which
+    are refused; this holds for all functions.
 
     Returns:
         ``[B, Q, Hq, Dv]``; a query that sees no key gets zeros. With `return_attn_probs` a triple
@@ -132,8 +138,8 @@ def flash_attn_varlen_func(
             differences count, which are the sequences' numbers of keys.
         max_seqlen_q: longest query of the batch or more; max_seqlen_k: the same of the keys.
         block_table: ``[R, max_blocks]`` int32, page numbers of each sequence; -1 for unused
-            entries and for pages that a window hides from every query. Inference only, without
-            dropout and bias.
+            entries and for pages that a window hides from every query. A key that is seen must have
+            a page, see :func:`flash_attn_with_kvcache`. Inference only, without dropout and bias.
         bias: ``[1|R, 1|Hq, 1|max_seqlen_q, max_seqlen_k]``, counted from each sequence's own start.
         k_descale: with float8 pages, see :func:`flash_attn_with_kvcache`; so is v_descale.
 
@@ -145,7 +151,7 @@ def flash_attn_varlen_func(
 
     Raises:
         ValueError: arguments do not fit; with a block_table also: a gradient, dropout or a bias is
-            asked for.
+            asked for, or a page is missing.
     """
     call = None
     if block_table is not None:
@@ -254,7 +260,9 @@ def flash_attn_with_kvcache(
         cache_batch_idx: ``[B]`` int32, the cache row of each row of q (contiguous caches only).
         cache_leftpad: ``[B]`` int32, keys to skip at the start of each row.
         block_table: ``[B, max_blocks]`` int32 page numbers; -1 for unused entries and for pages
-            that a window hides.
+            that a window hides. A key that is seen, or new, must have a page: else ValueError and
+            nothing is written. Only on a GPU, whose values nobody waits for, NaN is the answer of
+            such a row, and new keys without a page are left out; no other page is read or written.
         rotary_interleaved: pairs (0, 1), (2, 3) ... (GPT-J) instead of (0, d/2), ... (GPT-NeoX).
         num_splits: pieces the keys are cut into and combined from; 0 lets the backend choose.
         return_softmax_lse: also return the log-sum-exp.
@@ -320,6 +328,8 @@ def flash_attn_with_kvcache(
 
 def _run(problem: Problem) -> Result:
     check_problem(problem)
+    if problem.key_padding_mask is not None and problem.key_padding_mask.shape[1] == 0:
+        problem = replace(problem, key_padding_mask=None)  # there is no first key to look for
     out, lse = backends.load(problem.q.device).attention(problem)
     return (out, lse, None) if problem.need_lse else out
 

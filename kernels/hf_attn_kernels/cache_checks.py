@@ -19,9 +19,10 @@ from .checks import (
     check_dtypes,
     check_heads,
     check_offsets,
+    values_readable,
 )
 from .fp8 import E4M3, is_float8
-from .problem import NewKeys
+from .problem import NewKeys, Pattern
 
 PAGE_MULTIPLE = 16
 
@@ -218,7 +219,7 @@ def check_packed(
             f"cu_seqlens_q describes {rows} sequences and cu_seqlens_k {cu_k.numel() - 1}; they "
             "must be equal"
         )
-    if cu_q.device.type == "cpu" and not torch.compiler.is_compiling():
+    if values_readable(cu_q):
         offsets_k = cu_k.tolist()  # keys lie in pages: their offsets may end anywhere
         names = ("cu_seqlens_q", "cu_seqlens_k")
         totals = (q.shape[0], max(offsets_k))
@@ -256,11 +257,52 @@ def check_rotary(
     return cos, sin
 
 
+def check_pages(
+    view: CacheView, ends: Tensor, queries: Tensor, pattern: Pattern, leftpad: Tensor | None = None,
+    new: int = 0,
+) -> None:  # fmt: skip
+    """That the table has a page for each key that a query sees, and for the new ones.
+
+    For tensors that can be read. On a GPU nobody may wait for them: the kernels write no new key
+    without a page, and what is asked of a missing one comes out as NaN.
+
+    Args:
+        ends: ``[B]`` keys of each row, the `new` ones counted; queries: ``[B]`` of each row.
+    """
+    table = view.block_table
+    if table is None or not values_readable(table) or not table.numel():
+        return
+    key = torch.arange(view.capacity)
+    end, zeros = ends[:, None], torch.zeros_like(ends)[:, None]
+    start = zeros if leftpad is None else leftpad[:, None]
+    low, high, first = start, end, end - queries[:, None]  # where the first query stands
+    if pattern.window_left >= 0:
+        low = torch.maximum(low, first - pattern.window_left)
+    if pattern.window_right >= 0:
+        high = torch.minimum(high, end + pattern.window_right)
+    seen = (key >= low) & (key < high)
+    if pattern.window_left >= 0:
+        seen |= (key >= start) & (key < torch.minimum(start + pattern.sink_tokens, high))
+    seen &= queries[:, None] > 0
+    absent = table.repeat_interleave(view.k_cache.shape[1], dim=1) < 0  # [B, K]
+    if bool((absent & (key >= end - new) & (key < end)).any()):
+        raise ValueError(
+            f"block_table has no page for some of the {new} new keys (negative entries); allocate "
+            "pages before appending"
+        )
+    if bool((absent & seen).any()):
+        row, at = (absent & seen).nonzero()[0].tolist()
+        raise ValueError(
+            "block_table has no page (a negative entry) for keys that a query sees: keys from "
+            f"{at} on of row {row}; only pages that a window hides may be missing"
+        )
+
+
 def check_values(
     view: CacheView, seqlens: Tensor, new: int, batch: int, leftpad: Tensor | None
 ) -> None:
     """What only the tensors' values show: on the CPU, where reading them costs nothing."""
-    if seqlens.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+    if not values_readable(seqlens) or batch == 0:
         return
     low, high = (int(end) for end in seqlens.aminmax())
     if low < 0 or high + new > view.capacity:

@@ -42,7 +42,8 @@ def check_pattern(
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if not 0 <= softcap < math.inf:  # math.isfinite is none of torch.compile's functions
         raise ValueError(f"softcap must be 0 (off) or a positive finite number, got {softcap}")
-    scaling = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
+    # a head_dim of 0 is refused by name later on
+    scaling = max(head_dim, 1) ** -0.5 if softmax_scale is None else float(softmax_scale)
     if not 0 < scaling < math.inf:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     if sink_tokens < 0:
@@ -80,6 +81,12 @@ def check_problem(p: Problem) -> None:
                 f"q has batch {batch}, k and v have {p.k.shape[0]}; they must be equal"
             )
     _check_extras(p, batch, max_q, max_k)
+
+
+def values_readable(t: Tensor) -> bool:
+    """Whether looking at values costs nothing: on the CPU, unless torch.compile or a fake mode
+    traces, where there are none."""
+    return t.is_cpu and type(t) is Tensor and not torch.compiler.is_compiling()
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -145,7 +152,7 @@ def _check_cu_seqlens(p: Problem) -> int:
             )
         if cu.device != p.q.device:
             raise ValueError(f"{name} must be on {p.q.device}, got {cu.device}")
-        if cu.device.type == "cpu" and not torch.compiler.is_compiling():
+        if values_readable(cu):
             check_offsets(name, cu.tolist(), total)
     if p.cu_seqlens_q.numel() != p.cu_seqlens_k.numel():
         raise ValueError(

@@ -9,8 +9,10 @@ Shape letters as in :mod:`.problem`; Knew new keys of each row, R half of the ro
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .backends import backend_name
 from .cache_checks import (
     CacheView,
     check_batch,
@@ -20,6 +22,7 @@ from .cache_checks import (
     check_new,
     check_no_grad,
     check_packed,
+    check_pages,
     check_rotary,
     check_values,
     row_lengths,
@@ -76,7 +79,11 @@ def cache_problem(
         k, v = check_new(q, view, k, v, cache_seqlens)
         new = NewKeys(k=_unit_stride(k), v=_unit_stride(v))
     seqlens = row_lengths(cache_seqlens, batch, view.capacity, q.device)
-    check_values(view, seqlens, 0 if new is None else new.k.shape[1], batch, cache_leftpad)
+    count = 0 if new is None else new.k.shape[1]
+    check_values(view, seqlens, count, batch, cache_leftpad)
+    if q.is_cpu and backend_name(q.device) == "triton":  # interpreted
+        queries = torch.full_like(seqlens, q.shape[1])
+        check_pages(view, seqlens + count, queries, pattern, cache_leftpad, count)
     if rotary_cos is not None or rotary_sin is not None:
         cos, sin = check_rotary(q, new, rotary_cos, rotary_sin, view.capacity)
         # without causality or a window q's tokens have no order: FlashAttention-2 puts all at the
@@ -137,6 +144,8 @@ def packed_cache_problem(
     check_extras(q, view, rows, alibi_slopes, s_aux, k_descale, v_descale)
     if q.device.type == "cpu":
         check_values(view, cu_seqlens_k.diff(), 0, rows, None)
+        if backend_name(q.device) == "triton":
+            check_pages(view, cu_seqlens_k.diff(), cu_seqlens_q.diff(), pattern)
     return CacheProblem(
         q=_unit_stride(q),
         k_cache=k_pages,

@@ -22,6 +22,7 @@ from .cache_checks import (
     check_batch,
     check_int32,
     check_no_grad,
+    check_pages,
     check_values,
     row_lengths,
 )
@@ -85,7 +86,8 @@ def mla_decode(
         cache_seqlens: valid keys of each row, the new ones included: an int or ``[B]`` int32.
             None: the cache is full.
         block_table: ``[B, max_blocks]`` int32 page numbers; -1 for unused entries and for pages
-            that a window hides.
+            that a window hides. A key that is seen must have a page: else ValueError, and on a GPU,
+            whose values nobody waits for, NaN in such a row.
         cache_leftpad: ``[B]`` int32, keys to skip at the start of each row.
         key_mask: ``[B, K]`` bool, True = keep; hides keys of a contiguous cache, moves nothing.
         causal: a query sees no later key.
@@ -121,6 +123,9 @@ def mla_decode(
     if cache_seqlens is not None or block_table is not None:
         seqlens = row_lengths(cache_seqlens, batch, view.capacity, device)
         check_values(view, seqlens, 0, batch, cache_leftpad)
+        if device.type == "cpu" and backends.backend_name(device) == "triton":  # interpreted
+            queries = torch.full_like(seqlens, q_latent.shape[1])
+            check_pages(view, seqlens, queries, pattern, cache_leftpad)
     if cache_leftpad is not None:
         check_int32("cache_leftpad", cache_leftpad, (batch,), device)
     _check_key_mask(key_mask, latent, block_table)
@@ -161,6 +166,8 @@ def _check_shapes(
                 f"{name} has {q.shape[-1]} columns and {name_k} {k.shape[-1]}; they must be equal "
                 "(the latent's rank, and the columns of the rotated key)"
             )
+        if q.shape[-1] == 0:
+            raise ValueError(f"{name} and {name_k} have 0 columns; possible: 1 or more")
     for name, x, like, y in (
         ("q_rope", q_rope, "q_latent", q_latent),
         ("k_rope", k_rope, "latent", latent),

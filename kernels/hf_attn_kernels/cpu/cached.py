@@ -18,6 +18,7 @@ from ..fp8 import is_float8
 from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, CacheProblem
 from . import compiled, prefill, run
+from .cache_op import by_operators, serve
 from .choice import Traits, choose
 from .context import Context, combine, sum_dtype
 from .flash import PAGED_KEYS_DECODE, gathered_forward
@@ -39,8 +40,17 @@ class Row:
 def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     """out ``[B, Q, Hq, Dv]`` (packed ``[Tq, Hq, Dv]``) and the natural log-sum-exp ``[B, Hq, Q]``
     (packed ``[Hq, Tq]``), float32; no gradient."""
+    if torch.compiler.is_compiling() or type(problem.q) is not Tensor:  # or a fake mode traces
+        return by_operators(problem)
+    return _attention(problem)
+
+
+@serve
+def _attention(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         problem = rotated(problem)
+        if problem.q.numel() == 0:  # what is to be written is written all the same
+            return _no_queries(written(problem))
         found = compiled.attention(problem)
         if found is None:
             problem = written(problem)
@@ -51,6 +61,13 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         else:
             out, lse = _forward(problem, _flat_call(problem))
     return out, lse.to(torch.float32)
+
+
+def _no_queries(problem: CacheProblem) -> tuple[Tensor, Tensor]:
+    q = problem.q
+    lead, (tokens, heads) = q.shape[:-3], q.shape[-3:-1]
+    out = q.new_empty(*q.shape[:-1], problem.v_cache.shape[-1])
+    return out, q.new_empty(*lead, heads, tokens, dtype=torch.float32)
 
 
 def _forward(

@@ -93,6 +93,7 @@ def backward(
     k: Tensor,
     v: Tensor,
     lse: Tensor,
+    peak: Tensor | None,
     delta: Tensor,
     grad_out: Tensor,
     grad_k: Tensor,
@@ -101,8 +102,9 @@ def backward(
 ) -> Tensor:
     """Adds to grad_k, grad_v ``[b, K, Hkv, D]`` and grad_bias; returns that of q ``[b, m, Hq, D]``.
 
-    lse ``[b, Hq, m]`` is +inf for rows that see nothing; delta ``[b, Hq, m]`` is the row sum of
-    grad_out * out, less the gradient of the log-sum-exp.
+    lse ``[b, Hq, m]`` is +inf for rows that see nothing; with a `peak` it is what that leaves, see
+    :func:`parted_lse`. delta ``[b, Hq, m]`` is the row sum of grad_out * out, less the gradient of
+    the log-sum-exp.
     """
     batch, m, heads, dim = q.shape
     heads_kv = k.shape[2]
@@ -111,11 +113,13 @@ def backward(
     rows = _packed(q, heads_kv, ctx.dtype) * scaling
     grad_rows = _packed(grad_out, heads_kv, ctx.dtype)
     lse, delta = lse.reshape(lead, packed, 1), delta.reshape(lead, packed, 1)
+    peak = None if peak is None else peak.reshape(lead, packed, 1)
     grad_q = torch.zeros_like(rows)
     for tile in block.tiles:
         made = _scores(ctx, work, block, tile, rows, k, q.shape)
         keys, values = (_heads_first(tile.read(x), ctx.dtype) for x in (k, v))
-        p = made.scores.sub_(lse).exp_()
+        s = made.scores if peak is None else made.scores.sub_(peak)
+        p = s.sub_(lse).exp_()
         dp = torch.bmm(grad_rows, values.transpose(1, 2))
         kept = p
         if ctx.scoring.pattern.dropout_p:
@@ -132,6 +136,28 @@ def backward(
         tile.add_to(grad_k, _unpacked_keys(torch.bmm(ds.transpose(1, 2), rows), batch))
         tile.add_to(grad_v, _unpacked_keys(dv, batch))
     return grad_q.view(batch, heads, m, dim).transpose(1, 2)
+
+
+def parted_lse(
+    ctx: Context, work: Work, block: Block, q: Tensor, k: Tensor, s_aux: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The largest score of each row, and the log of the sum of weights beside it: ``[b, Hq, m]``.
+
+    Far from 0 their sum, the log-sum-exp, would round the second away.
+    """
+    batch, m, heads, _ = q.shape
+    rows = _packed(q, k.shape[2], ctx.dtype) * ctx.scoring.pattern.scaling
+    peak = rows.new_full((*rows.shape[:2], 1), float("-inf"))
+    if s_aux is not None:
+        peak = s_aux.to(ctx.dtype)[None, :, None].expand(batch, -1, m).reshape(peak.shape)
+    total = torch.zeros_like(peak) if s_aux is None else torch.ones_like(peak)
+    for tile in block.tiles:
+        s = _scores(ctx, work, block, tile, rows, k, q.shape).scores
+        high = torch.maximum(peak, s.amax(dim=-1, keepdim=True))
+        safe = high.masked_fill(torch.isneginf(high), 0.0)
+        total = total * (peak - safe).exp() + s.sub_(safe).exp_().sum(dim=-1, keepdim=True)
+        peak = high
+    return peak.view(batch, heads, m), total.log().view(batch, heads, m)
 
 
 def _packed(x: Tensor, heads_kv: int, dtype: torch.dtype) -> Tensor:

@@ -40,6 +40,8 @@ def mla_attention(p: MlaProblem) -> tuple[Tensor, Tensor]:
     batch, q_len, heads, rank = p.q_latent.shape
     out = torch.empty_like(p.q_latent, memory_format=torch.contiguous_format)
     lse = out.new_empty(batch, heads, q_len, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
     # under autocast too, sums stay in the dtype of sums
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
         for rows in _together(p):

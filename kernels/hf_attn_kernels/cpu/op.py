@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..invariant import batch_invariant
 from ..namespace import NAMESPACE
@@ -32,13 +33,19 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor | None]:
     ``[B, Hq, Q]`` (packed ``[Hq, Tq]``); differentiable. Where the problem does not need the
     log-sum-exp, None may come in its place."""
     tensors = [getattr(problem, name) for name in _TENSORS]
-    if torch.compiler.is_compiling() or _needs_grad(tensors):
+    traced = torch.compiler.is_compiling() or _faked(problem.q)
+    if traced or _needs_grad(tensors):
         numbers = [getattr(problem.pattern, name) for name in _NUMBERS]
         lengths = (problem.max_seqlen_q, problem.max_seqlen_k)
         out, lse = cpu_attention(*tensors, *numbers, *lengths)
     else:
         out, lse = _forward(problem, need_lse=problem.need_lse)
     return out, None if lse is None else lse.to(torch.float32)
+
+
+def _faked(q: Tensor) -> bool:
+    """Whether a fake mode traces: no values are there to be looked at."""
+    return isinstance(q, FakeTensor)
 
 
 def _needs_grad(tensors: list[Tensor | None]) -> bool:

@@ -19,6 +19,9 @@ from .tiling import Block, Scoring
 from .work import NO_SEQUENCE, Work, dense_works, packed_works
 
 FLASH, MATMUL = "flash", "matmul"
+# log-sum-exps beyond it are too coarse to make weights of: 32 times an ordinary score's rounding.
+# A row is there that an added mask hides by finfo.min, or by -10,000
+FAR = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ def call_of(problem: Problem) -> Call:
         q, k, v = q[None], k[None], v[None]
     else:
         works = dense_works(q.shape[0], q.shape[1], k.shape[1], problem.key_padding_mask)
+    if q.numel() == 0:  # no queries, or no heads of them
+        works = []
     slopes = problem.alibi_slopes
     return Call(
         q=q,
@@ -126,6 +131,35 @@ def backward(
     grad_q = torch.zeros_like(call.q, memory_format=torch.contiguous_format)
     grad_k = torch.zeros(call.k.shape, dtype=dtype)
     grad_v = torch.zeros(call.v.shape, dtype=dtype)
+    sums = (grad_q, grad_k, grad_v, grad_bias)
+    far = (lse.abs() > FAR) & lse.isfinite()
+    if not bool(far.any()):
+        _add_gradients(ctx, call, engine, (out, grad_out, lse, delta), None, sums)
+    else:
+        near = lse.masked_fill(far, float("inf"))
+        _add_gradients(ctx, call, engine, (out, grad_out, near, delta), None, sums)
+        _add_gradients(ctx, call, MATMUL, (out, grad_out, lse, delta), far, sums)
+    return Gradients(
+        q=grad_q,
+        k=grad_k.to(call.k.dtype),
+        v=grad_v.to(call.v.dtype),
+        s_aux=grad_s_aux,
+        bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
+    )
+
+
+def _add_gradients(
+    ctx: Context, call: Call, engine: str, given: tuple[Tensor, Tensor, Tensor, Tensor],
+    far: Tensor | None, sums: tuple[Tensor, Tensor, Tensor, Tensor | None],
+) -> None:  # fmt: skip
+    """Adds to `sums`, those of q, k, v and bias, from `given`: out, its gradient, lse and delta.
+
+    With `far` ``[B, Hq, Q]`` the share of those rows alone, whose log-sum-exp is not to be trusted.
+    """
+    out, grad_out, lse, delta = given
+    grad_q, grad_k, grad_v, grad_bias = sums
+    dtype = ctx.dtype
+    assert isinstance(call.k, Tensor) and isinstance(call.v, Tensor)
     for work in _split(call, engine):
         q, o, do = (x[work.rows, work.queries] for x in (call.q, out, grad_out))
         k, v = work.select_keys(call.k), work.select_keys(call.v)
@@ -143,21 +177,21 @@ def backward(
                     ctx, work, block, q[:, i], k, v, o[:, i], ell[:, :, i], do[:, i], dk, dv
                 )
             else:
+                peak, rest = None, ell[:, :, i]
+                if far is not None:
+                    mine = far[work.rows, :, work.queries][:, :, i]
+                    if not bool(mine.any()):
+                        continue
+                    peak, rest = matmul.parted_lse(ctx, work, block, q[:, i], k, call.s_aux)
+                    rest = rest.masked_fill(~mine, float("inf"))
                 dq = matmul.backward(
-                    ctx, work, block, q[:, i], k, v, ell[:, :, i], dl[:, :, i], do[:, i], dk, dv,
+                    ctx, work, block, q[:, i], k, v, rest, peak, dl[:, :, i], do[:, i], dk, dv,
                     grad_bias,
                 )  # fmt: skip
-            grad_q[work.rows, work.queries][:, i] = dq
+            grad_q[work.rows, work.queries][:, i] += dq
         if work.positions is not None:
             for whole, part in ((grad_k, dk), (grad_v, dv)):
                 whole[work.key_rows, work.keys].index_add_(1, work.positions, part)
-    return Gradients(
-        q=grad_q,
-        k=grad_k.to(call.k.dtype),
-        v=grad_v.to(call.v.dtype),
-        s_aux=grad_s_aux,
-        bias=None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-    )
 
 
 def _store(place: Tensor, x: Tensor, strip: int) -> None:

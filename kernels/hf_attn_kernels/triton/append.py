@@ -83,11 +83,13 @@ def append_kernel(
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, TOKENS: tl.constexpr, PAGE_SIZE: tl.constexpr,
     PAIRS: tl.constexpr, ORDERED: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles of tokens, Hkv keys + Hkv values + Hq queries where they turn, B)."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
-    part = tl.program_id(1)
+    """Grid (tiles of tokens * (Hkv keys + Hkv values + Hq queries where they turn) * B)."""
+    PARTS: tl.constexpr = 2 * HKV + (HQ if R > 0 else 0)
+    tiles = tl.cdiv(tl.maximum(new, q_len) if R > 0 else new, TOKENS)
+    t = tl.program_id(0) % tiles * TOKENS + tl.arange(0, TOKENS)  # [TOKENS]
+    part = tl.program_id(0) // tiles % PARTS
     head = (part % HKV).to(tl.int64)
-    b = tl.program_id(2).to(tl.int64)
+    b = (tl.program_id(0) // tiles // PARTS).to(tl.int64)
     held = tl.load(seqlens + b)
     at = held + t  # [TOKENS] position in the row
     ok = (t < new) & (at >= 0) & (at < room) & (part < 2 * HKV)
@@ -137,7 +139,7 @@ def append_launch(x: Cache, new: NewKeys) -> tuple[Launch, Tensor | None]:
     heads_kv, dim_v, count = x.k.shape[2], x.v.shape[3], new.k.shape[1]
     q_turned = None if rotary is None else x.q.new_empty(x.q.shape)
     longest = count if rotary is None else max(count, q_len)
-    tokens = min(MAX_TOKENS, triton.next_power_of_2(longest))
+    tokens = min(MAX_TOKENS, triton.next_power_of_2(max(longest, 1)))
     table = x.block_table
     arguments: dict[str, Any] = {
         "q": x.q, "k": new.k, "v": new.v, "turned_q": q_turned, "k_cache": stored_bits(x.k),
@@ -158,5 +160,5 @@ def append_launch(x: Cache, new: NewKeys) -> tuple[Launch, Tensor | None]:
         "ORDERED": rotary is not None and rotary.ordered, "FLOAT8": is_float8(x.k),
     }  # fmt: skip
     heads = 2 * heads_kv + (0 if rotary is None else heads_q)
-    grid = (-(-longest // tokens), heads, batch)
+    grid = (-(-longest // tokens) * heads * batch,)
     return Launch("append", append_kernel, grid, arguments, 1 if tokens == 1 else 4, 1), q_turned

@@ -10,14 +10,22 @@ accumulator needs.
 import triton
 import triton.language as tl
 
-from .primitives import ADDED, LOG2E, dropout_keep, load_rows, score_tile, sequence_bounds
+from .primitives import (
+    ADDED,
+    LOG2E,
+    dropout_keep,
+    far_apart,
+    load_rows,
+    score_tile,
+    sequence_bounds,
+)
 
 
 @triton.jit
 def delta_kernel(
     Out, DOut, DLse, Delta, CuQ, o_sb, lse_sb, lse_sh, blocks_m, heads_q, q_len,
     PACKED: tl.constexpr, HAS_DLSE: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Delta ``[B, Hq, Q]`` = sum(out * dout) - dlse, the row term of the softmax's gradient."""
     pid = tl.program_id(0)
@@ -28,7 +36,7 @@ def delta_kernel(
     rows = first_row + tl.arange(0, BLOCK_M)
     ok = rows < q_len
     cols = tl.arange(0, BLOCK_DV)
-    stride = heads_q * DV
+    stride = far_apart(heads_q * DV, WIDE)
     shift = b.to(tl.int64) * o_sb + q_start.to(tl.int64) * stride + h.to(tl.int64) * DV
     o = load_rows(Out + shift, first_row, stride, cols, ok, BLOCK_M, DV, BLOCK_DV, True)
     do = load_rows(DOut + shift, first_row, stride, cols, ok, BLOCK_M, DV, BLOCK_DV, True)
@@ -41,15 +49,16 @@ def delta_kernel(
 
 @triton.jit
 def weights(
-    qk, dp, lse, delta, i, j, ok, bias_base, bias_stride_q, bias_stride_k, slope, offset, scaling,
-    softcap, seed, stream, keep_threshold, keep_scale,
+    qk, dp, lse, peak, delta, i, j, ok, bias_base, bias_stride_q, bias_stride_k, slope, offset,
+    scaling, softcap, seed, stream, keep_threshold, keep_scale,
     USE_OK: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, BIAS: tl.constexpr,
     DROPOUT: tl.constexpr,
 ):  # fmt: skip
     """Weights as the values saw them (dropout applied) and the gradient of the scores.
 
-    `lse` is base 2 and `delta` plain, both broadcastable to the tile. The gradient is of the score
-    behind the softcap (what a bias gets); the caller takes it through the softcap with `t`.
+    `lse` is base 2 and `delta` plain, both broadcastable to the tile; with an added bias `lse` is
+    what `peak` leaves of it. The gradient is of the score behind the softcap (what a bias gets);
+    the caller takes it through the softcap with `t`.
     """
     s, t = score_tile(
         qk, i, j, ok, bias_base, bias_stride_q, bias_stride_k, slope, offset, scaling, softcap,
@@ -57,6 +66,8 @@ def weights(
     )  # fmt: skip
     if (not SOFTCAP) and (not HAS_ALIBI) and (BIAS != ADDED):
         p = tl.exp2(s * (scaling * LOG2E) - lse)
+    elif BIAS == ADDED:  # far from 0 scores are steps apart, and may fall to another than before
+        p = tl.exp2(tl.minimum(s - peak, 0.0) - lse)
     else:
         p = tl.exp2(s - lse)
     if USE_OK:
@@ -80,3 +91,10 @@ def base_2(lse):
 def load_lse(base, rows, ok):
     """In base 2, as :func:`base_2`; +inf where there is no row."""
     return base_2(tl.load(base + rows, mask=ok, other=float("inf")))
+
+
+@triton.jit
+def load_parts(base, apart, rows, ok):
+    """The two parts of `Shape.lse_parts`; where there is no row as of one that saw nothing."""
+    peak = tl.load(base + rows, mask=ok, other=0.0)
+    return peak, tl.load(base + apart + rows, mask=ok, other=float("inf"))

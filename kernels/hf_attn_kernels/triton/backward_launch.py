@@ -15,6 +15,7 @@ from .config import DELTA_ROWS, JOINT_HEAD_DIM, Tiles, chip_of
 from .descriptors import refusal, rows_of, tiles_of
 from .dkdv import dkdv_kernel
 from .dq import dq_kernel
+from .forward_launch import Outputs
 from .launch import (
     Inputs,
     Launch,
@@ -23,6 +24,7 @@ from .launch import (
     blocks_of,
     heads_together,
     on_device,
+    parts_arguments,
     shared_arguments,
     tiled,
     tiles_for,
@@ -41,21 +43,22 @@ class Gradients:
 
 
 def backward_launches(
-    x: Inputs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor,
-    grads: Gradients, chip: str,
+    x: Inputs, o: Outputs, dout: Tensor, dlse: Tensor | None, delta: Tensor, grads: Gradients,
+    chip: str,
 ) -> list[Launch]:  # fmt: skip
     """delta, then dq, dk/dv (one kernel where there is a dq_sum) and the bias's gradient.
 
     All tensors but q, k, v and bias are contiguous.
     """
     shape = x.shape
-    lse_sb, lse_sh = shape.lse_strides(lse)
-    tma = not ruled_out("descriptors") and _refusal(x, lse, dout, chip) is None
+    lse_sb, lse_sh = shape.lse_strides(o.lse)
+    tma = not ruled_out("descriptors") and _refusal(x, o.lse, dout, chip) is None
     shared = {
-        **shared_arguments(x), "DOut": dout, "Lse": lse, "Delta": delta,
-        "o_sb": batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh,
+        **shared_arguments(x), "DOut": dout, "Lse": o.lse, **parts_arguments(o.parts, x.q),
+        "Delta": delta, "o_sb": batch_stride(o.out, shape.packed), "lse_sb": lse_sb,
+        "lse_sh": lse_sh,
     }  # fmt: skip
-    launches = [_delta_launch(shared, shape, out, dlse, DELTA_ROWS.get(chip, 64))]
+    launches = [_delta_launch(shared, shape, o.out, dlse, DELTA_ROWS.get(chip, 64))]
     if grads.dq_sum is None:
         launches.append(_dq_launch(shared, x, dout, grads.dq, chip, tma))
     launches.append(_dkdv_launch(shared, x, dout, grads, chip, tma))
@@ -135,7 +138,7 @@ def _delta_launch(
     blocks_m = blocks_of(shape.q_len, block_m)
     names = (
         "DOut", "Delta", "CuQ", "o_sb", "lse_sb", "lse_sh", "heads_q", "q_len", "PACKED", "DV",
-        "BLOCK_DV",
+        "BLOCK_DV", "WIDE",
     )  # fmt: skip
     arguments = {name: shared[name] for name in names}
     arguments |= {
@@ -155,18 +158,20 @@ def _bias_grad_launch(shared: dict[str, Any], x: Inputs, dbias: Tensor, chip: st
         "bias_queries": bias_queries, "max_k": max_k,
         "blocks_m": blocks_of(shape.q_len, t.block_m),
     }  # fmt: skip
-    own_blocks = 1 if bias_queries == 1 else blocks_of(bias_queries, t.block_m)
-    grid = (blocks_of(max_k, t.block_n), own_blocks, bias_batch * bias_heads)
+    own_blocks = blocks_of(bias_queries, t.block_m)
+    grid = (blocks_of(max_k, t.block_n) * own_blocks * bias_batch * bias_heads,)
     return tiled("bias_grad", bias_grad_kernel, t, grid, arguments)
 
 
 def run_backward(
-    x: Inputs, dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, bias_needs_grad: bool,
+    x: Inputs, dout: Tensor, dlse: Tensor | None, o: Outputs, bias_needs_grad: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dbias, ds_aux; the last two have 0 elements where not asked for."""
-    # packed: tokens behind the last sequence belong to none, their gradient is 0
-    new = torch.zeros if x.shape.packed else torch.empty
+    # packed: tokens behind the last sequence belong to none, their gradient is 0; so is that of
+    # keys without queries, for which nothing is launched
+    some = o.out.numel() > 0
+    new = torch.empty if some and not x.shape.packed else torch.zeros
     dq, dk, dv = (new(t.shape, dtype=t.dtype, device=t.device) for t in (x.q, x.k, x.v))
     dbias = None
     if x.bias is not None and bias_needs_grad:
@@ -175,19 +180,19 @@ def run_backward(
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     if not deterministic and serves_joint(x.shape):
         dq_sum = torch.zeros_like(dq, dtype=torch.float32)
-    delta = torch.zeros_like(lse)
+    delta = torch.zeros_like(o.lse)
     dlse = None if dlse is None else dlse.contiguous()
     launches = backward_launches(
-        x, out, lse, dout.contiguous(), dlse, delta, Gradients(dq, dk, dv, dbias, dq_sum),
+        x, o, dout.contiguous(), dlse, delta, Gradients(dq, dk, dv, dbias, dq_sum),
         chip_of(x.q.device.type, x.q.device.index),
     )  # fmt: skip
     with on_device(x.q.device):
-        for launch in launches:
+        for launch in launches if some else ():
             launch.run()
     if dq_sum is not None:
         torch.mul(dq_sum, x.pattern.scaling, out=dq)
     empty = x.q.new_empty
-    ds_aux = empty(0) if x.s_aux is None else _sink_gradient(x.s_aux, lse, delta)
+    ds_aux = empty(0) if x.s_aux is None else _sink_gradient(x.s_aux, o.lse, delta)
     if dbias is not None and x.bias is not None:
         return dq, dk, dv, dbias.to(x.bias.dtype), ds_aux
     return dq, dk, dv, empty(0), ds_aux

@@ -7,14 +7,15 @@ it, so the sum needs no atomics and is the same bits every time.
 import triton
 import triton.language as tl
 
-from .backward import load_lse, weights
-from .primitives import ADDED, kept_bounds, load_rows, sequence_bounds, visible
+from .backward import load_parts, weights
+from .primitives import ADDED, far_apart, kept_bounds, load_rows, sequence_bounds, visible
 
 
 @triton.jit
 def bias_grad_kernel(
-    Q, K, V, DOut, Lse, Delta, DBias, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, lse_sb, lse_sh,
+    Q, K, V, DOut, Lse, LseParts, Delta, DBias, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK,
+    Seed,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, lse_sb, lse_sh, parts_s,
     bias_sb, bias_sh, bias_sq, bias_sk, slopes_sb,
     batch, bias_batch, bias_heads, bias_queries, max_k,
     blocks_m, heads_q, groups, q_len, k_len, left, right, sink_tokens, scaling, softcap,
@@ -23,19 +24,23 @@ def bias_grad_kernel(
     HAS_SINK_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """DBias ``[bias_batch, bias_heads, bias_queries, max_k]`` float32, contiguous.
 
-    Grid: (key blocks, bias query blocks, bias_batch * bias_heads). With bias_queries 1 a program
+    Grid: key blocks * bias query blocks * bias_batch * bias_heads. With bias_queries 1 a program
     walks all query blocks and sums their rows.
     """
-    first_key = tl.program_id(0) * BLOCK_N
+    blocks_n = tl.cdiv(max_k, BLOCK_N)
+    own_blocks = tl.cdiv(bias_queries, BLOCK_M)
+    first_key = tl.program_id(0) % blocks_n * BLOCK_N
+    own_block = tl.program_id(0) // blocks_n % own_blocks
+    own = tl.program_id(0) // blocks_n // own_blocks
     one_row = bias_queries == 1
-    block_lo = tl.where(one_row, 0, tl.program_id(1))
-    block_hi = tl.where(one_row, blocks_m, tl.program_id(1) + 1)
-    own_b = tl.program_id(2) // bias_heads
-    own_h = tl.program_id(2) % bias_heads
+    block_lo = tl.where(one_row, 0, own_block)
+    block_hi = tl.where(one_row, blocks_m, own_block + 1)
+    own_b = own // bias_heads
+    own_h = own % bias_heads
     b_lo = tl.where(bias_batch == 1, 0, own_b)
     b_hi = tl.where(bias_batch == 1, batch, own_b + 1)
     h_lo = tl.where(bias_heads == 1, 0, own_h)
@@ -43,7 +48,8 @@ def bias_grad_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     cols = first_key + tl.arange(0, BLOCK_N)
-    o_ss = heads_q * DV
+    q_ss, k_ss, v_ss = far_apart(q_ss, WIDE), far_apart(k_ss, WIDE), far_apart(v_ss, WIDE)
+    o_ss = far_apart(heads_q * DV, WIDE)
     seed = 0
     if DROPOUT:
         seed = tl.load(Seed)
@@ -79,7 +85,7 @@ def bias_grad_kernel(
                 do = load_rows(
                     do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True
                 )
-                lse = load_lse(Lse + row_at, rows, row_ok)
+                peak, lse = load_parts(LseParts + row_at, parts_s, rows, row_ok)
                 delta = tl.load(Delta + row_at + rows, mask=row_ok, other=0.0)
                 i = rows[:, None]
                 j = cols[None, :]
@@ -91,15 +97,15 @@ def bias_grad_kernel(
                 qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 _, ds, _ = weights(
-                    qk, dp, lse[:, None], delta[:, None], i, j, ok, bias_base, bias_sq, bias_sk,
-                    slope, offset, scaling, softcap, seed, b * heads_q + h, keep_threshold,
-                    keep_scale, True, SOFTCAP, HAS_ALIBI, ADDED, DROPOUT,
+                    qk, dp, lse[:, None], peak[:, None], delta[:, None], i, j, ok, bias_base,
+                    bias_sq, bias_sk, slope, offset, scaling, softcap, seed, b * heads_q + h,
+                    keep_threshold, keep_scale, True, SOFTCAP, HAS_ALIBI, ADDED, DROPOUT,
                 )  # fmt: skip
                 if one_row:
                     grad += tl.broadcast_to(tl.sum(ds, 0)[None, :], (BLOCK_M, BLOCK_N))
                 else:
                     grad += ds
-    rows = tl.where(one_row, 0, tl.program_id(1) * BLOCK_M) + tl.arange(0, BLOCK_M)
-    base = DBias + tl.program_id(2).to(tl.int64) * bias_queries * max_k
+    rows = own_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    base = DBias + own.to(tl.int64) * bias_queries * max_k
     ok = (rows < bias_queries)[:, None] & (cols < max_k)[None, :]
     tl.store(base + rows.to(tl.int64)[:, None] * max_k + cols[None, :], grad, mask=ok)

@@ -12,7 +12,7 @@ from .aot import AotCase, case_of
 from .backward_launch import Gradients, backward_launches, serves_joint
 from .choice import without
 from .config import COPY_ENGINE
-from .forward_launch import forward_launch
+from .forward_launch import Outputs, forward_launch
 from .launch import Inputs, Launch
 
 
@@ -120,20 +120,20 @@ def inputs(call: Call) -> Inputs:
 def launches(call: Call, chip: str) -> list[Launch]:
     """Every kernel of a call, forward first, on tensors without storage."""
     x = inputs(call)
-    out, lse = x.shape.empty_outputs(x.q)
+    o = Outputs.of(x)
     with without(*call.without):
-        found = [forward_launch(x, out, lse, chip)]
+        found = [forward_launch(x, o, chip)]
         if not call.backward:
             return found
         dbias = None
         if x.bias is not None and x.bias.dtype != torch.bool:
             dbias = torch.empty(x.bias.shape, dtype=torch.float32, device="meta")
         grads = Gradients(x.q, x.k, x.v, dbias)
-        found += backward_launches(x, out, lse, out, None, lse, grads, chip)
+        found += backward_launches(x, o, o.out, None, o.lse, grads, chip)
         if serves_joint(x.shape):
             dq_sum = torch.empty(x.q.shape, dtype=torch.float32, device="meta")
             grads = replace(grads, dbias=None, dq_sum=dq_sum)
-            found += backward_launches(x, out, lse, out, None, lse, grads, chip)[1:]
+            found += backward_launches(x, o, o.out, None, o.lse, grads, chip)[1:]
     return found
 
 

@@ -45,7 +45,7 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     """
     p = problem
     _check_dtype(p.q)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(p.q) is not Tensor:  # or a fake mode traces
         return _by_operators(p)
     lengths = p.seqlens_k if p.cu_seqlens_k is None else p.cu_seqlens_k
     x = Cache(
@@ -57,12 +57,13 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     with on(p.q.device):
         append = compiled = None
-        if p.new is not None and x.new_keys and x.batch:
+        if p.new is not None:
             append, turned = append_launch(x, p.new)
             compiled = append.run()
             x = x if turned is None else replace(x, q=turned)
         out, lse, done = _run(x, p.pattern, p.num_splits)
-    if p.call is not None and done and done[0][1] is not None and p.as_given:
+    skipped = p.new is not None and compiled is None  # there was nothing to write
+    if p.call is not None and done and done[0][1] is not None and not skipped and p.as_given:
         decode, *reduce = [Ready.of(*pair) for pair in done]
         partial = done[0][0].arguments["partial"]
         plan = CachePlan(
@@ -79,7 +80,7 @@ def attention_with_cache(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 def _by_operators(p: CacheProblem) -> tuple[Tensor, Tensor]:
     """The same as two operators, which torch.compile can see."""
     q, new = p.q, p.new
-    if new is not None and new.k.shape[1]:
+    if new is not None:
         rotary = new.rotary
         turn = (None, None) if rotary is None else (rotary.cos, rotary.sin)
         turned = OPS.append(

@@ -7,20 +7,11 @@ Shape letters: B batch, Q queries, Hq / Hkv query / KV heads, G = Hq / Hkv, D / 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from .primitives import LOG2E, tanh
+
 LN2 = tl.constexpr(0.6931471805599453)
 # a split's result is one record [DV outputs, log-sum-exp, padding to 16 bytes] of float32
 RECORD_TAIL = tl.constexpr(4)
-
-
-@triton.jit
-def softcap_tanh(x):
-    """tanh from exp2; a short series near 0, where 1 - exp2(...) would cancel."""
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = (1.0 - e) / (1.0 + e)
-    square = x * x
-    near = x * (1.0 + square * (-0.3333333333 + square * 0.1333333333))
-    return tl.where(square < 0.0025, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -63,22 +54,22 @@ def tile_keys(
 
 
 @triton.jit(
-    do_not_specialize=["q_len", "k_len", "room", "pages", "window_left", "window_right",
-                       "sink_tokens"]
+    do_not_specialize=["tiles_m", "q_len", "k_len", "room", "pages", "window_left",
+                       "window_right", "sink_tokens"]
 )  # fmt: skip
 def decode_kernel(
     q, k, v, out, lse, partial,
     seqlens, cu_q, block_table, batch_idx, leftpad, key_mask, alibi, s_aux, k_descale, v_descale,
     q_sb, q_st, q_sh, k_sb, k_st, k_sh, v_sb, v_st, v_sh, table_sb, mask_sb, alibi_sb,
     kd_sb, vd_sb,
-    q_len, k_len, room, pages, window_left, window_right, sink_tokens, scale, softcap,
-    G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    tiles_m, q_len, k_len, room, pages, window_left, window_right, sink_tokens, scale, softcap,
+    HKV: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr, FLOAT8: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S * tiles of Q * G rows, Hkv, B).
+    """Grid (S * tiles_m * Hkv * B), `tiles_m` tiles of a row's Q * G rows.
 
     A batch has `q_len` queries a row and, in `seqlens`, its keys beside `k_len` new ones; without
     `seqlens` `k_len` keys. With `cu_q` rows are packed: `cu_q` and `seqlens` are offsets
@@ -90,10 +81,11 @@ def decode_kernel(
     with HAS_SOFTCAP into the argument of the tanh.
     """
     split = tl.program_id(0) % SPLITS
-    m0 = (tl.program_id(0) // SPLITS) * BM
-    head_kv = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    heads = tl.num_programs(1) * G
+    tile_m = tl.program_id(0) // SPLITS
+    head_kv = tile_m // tiles_m % HKV
+    b = (tile_m // tiles_m // HKV).to(tl.int64)
+    m0 = tile_m % tiles_m * BM
+    heads: tl.constexpr = HKV * G
 
     # first query in q, first row of out, first of lse and how far its heads are apart
     q_first = b * 0
@@ -181,6 +173,7 @@ def decode_kernel(
         # tiles start at multiples of BN: one of these lies in one page
         where = n0 if PAGE_SIZE % BN == 0 else at
         numbers = tl.load(table + where // PAGE_SIZE, mask=begin < end, other=0)
+        lowest = numbers * 0
     for step in tl.range(begin, end):
         n0, n, at = tile_keys(
             step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
@@ -189,6 +182,7 @@ def decode_kernel(
             k_off = at.to(tl.int64) * k_st * VEC
             v_off = at.to(tl.int64) * v_st * VEC
         else:
+            lowest = tl.minimum(lowest, numbers)
             page = within(numbers, pages)
             k_off = page * k_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * k_st * VEC
             v_off = page * v_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * v_st * VEC
@@ -209,7 +203,7 @@ def decode_kernel(
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # [BM, BN]
         scores = scores * scale
         if HAS_SOFTCAP:
-            scores = softcap_tanh(scores) * (softcap * LOG2E)
+            scores = tanh(scores) * (softcap * LOG2E)
         if alibi is not None:
             distance = tl.abs(token[:, None] + diagonal - n[None, :])
             scores -= slope[:, None] * distance.to(tl.float32)
@@ -248,6 +242,9 @@ def decode_kernel(
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
 
+    if PAGE_SIZE > 0:  # a key that is seen has no page: no number is the answer
+        lowest = lowest if PAGE_SIZE % BN == 0 else tl.min(lowest, 0)
+        total = tl.where(lowest < 0, float("nan"), total)
     if v_descale is not None:
         acc *= tl.load(v_descale + b * vd_sb + head_kv)
     # [BM] row of the outputs [B, Q, Hq, DV] or [T, Hq, DV]

@@ -23,8 +23,9 @@ from .decode_config import (
     config_for,
     padded,
 )
-from .decode_kernel import LOG2E, RECORD_TAIL, decode_kernel, reduce_kernel
+from .decode_kernel import RECORD_TAIL, decode_kernel, reduce_kernel
 from .launch import Launch
+from .primitives import LOG2E
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +60,9 @@ class Cache:
 
     @property
     def room(self) -> int:
-        """Keys that a row of the cache holds."""
+        """Keys that a row of the cache holds; a cache without rows or pages holds none."""
         blocks = 1 if self.block_table is None else self.block_table.shape[1]
-        return blocks * self.k.shape[1]
+        return blocks * self.k.shape[1] if self.k.shape[0] else 0
 
 
 def new_outputs(q: Tensor, v: Tensor, *, packed: bool) -> tuple[Tensor, Tensor]:
@@ -103,8 +104,8 @@ def launches(
         record = dim_v + RECORD_TAIL.value
         partial = x.q.new_empty(tokens * heads_q * splits * record, dtype=torch.float32)
     decode = Launch(
-        "decode", decode_kernel, (tiles_m * splits, heads_kv, x.batch),
-        _decode_arguments(x, pattern, config, splits, out, lse, partial, chip),
+        "decode", decode_kernel, (splits * tiles_m * heads_kv * x.batch,),
+        _decode_arguments(x, pattern, config, tiles_m, splits, out, lse, partial, chip),
         config.num_warps, config.num_stages, config.max_registers,
     )  # fmt: skip
     if partial is None:
@@ -152,8 +153,8 @@ def readable(cache: Tensor, chip: str) -> Tensor:
 
 
 def _decode_arguments(
-    x: Cache, pattern: Pattern, config: DecodeConfig, splits: int, out: Tensor, lse: Tensor,
-    partial: Tensor | None, chip: str,
+    x: Cache, pattern: Pattern, config: DecodeConfig, tiles_m: int, splits: int, out: Tensor,
+    lse: Tensor, partial: Tensor | None, chip: str,
 ) -> dict[str, Any]:  # fmt: skip
     q_steps = strides(x.q) if x.cu_q is None else [0, *strides(x.q)]
     steps = [*q_steps, *strides(x.k), *strides(x.v)]
@@ -174,13 +175,14 @@ def _decode_arguments(
         "table_sb": row_stride(table), "mask_sb": row_stride(mask),
         "alibi_sb": row_stride(slopes), "kd_sb": row_stride(x.k_descale),
         "vd_sb": row_stride(x.v_descale),
-        "q_len": x.q.shape[0 if x.cu_q is not None else 1], "k_len": k_len, "room": x.room,
-        "pages": x.k.shape[0],
+        "tiles_m": tiles_m, "q_len": x.q.shape[0 if x.cu_q is not None else 1], "k_len": k_len,
+        "room": x.room, "pages": x.k.shape[0],
         "window_left": pattern.window_left, "window_right": pattern.window_right,
         "sink_tokens": pattern.sink_tokens,
         "scale": pattern.scaling / softcap if softcap else pattern.scaling * LOG2E.value,
         "softcap": softcap,
-        "G": x.q.shape[-2] // x.k.shape[2], "D": x.q.shape[-1], "DV": x.v.shape[3],
+        "HKV": x.k.shape[2], "G": x.q.shape[-2] // x.k.shape[2],
+        "D": x.q.shape[-1], "DV": x.v.shape[3],
         "BLOCK_D": padded(x.q.shape[-1]), "BLOCK_DV": padded(x.v.shape[3]),
         "BM": config.block_m, "BN": config.block_n,
         "PAGE_SIZE": 0 if table is None else x.k.shape[1], "SPLITS": splits,

@@ -8,11 +8,12 @@ dq on the way: five products for each pair of tiles instead of three here and fo
 import triton
 import triton.language as tl
 
-from .backward import base_2, load_lse, weights
+from .backward import base_2, load_lse, load_parts, weights
 from .primitives import (
     ADDED,
     LOG2E,
     copy_rows,
+    far_apart,
     kept_bounds,
     load_rows,
     place,
@@ -53,9 +54,10 @@ def _row_ranges(
 @triton.jit
 def _span(
     dk, dv, k, v, start, full_start, full_end, end, q_tiles, do_tiles, lse_tiles, delta_tiles,
-    dq_tiles, b, h, dq_base, stride_dq, q_base, do_base, stride_q, stride_o, lse_base, delta_base,
-    bias_base, bias_stride_q, bias_stride_k, seed, stream, slope, cols, col_ok, q_len, k_lo, k_hi,
-    offset, left, right, sink_tokens, scaling, softcap, keep_threshold, keep_scale,
+    dq_tiles, b, h, dq_base, stride_dq, q_base, do_base, stride_q, stride_o, lse_base, parts_base,
+    parts_s, delta_base, bias_base, bias_stride_q, bias_stride_k, seed, stream, slope, cols, col_ok,
+    q_len, k_lo, k_hi, offset, left, right, sink_tokens, scaling, softcap, keep_threshold,
+    keep_scale,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     HAS_SINK_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
@@ -77,13 +79,19 @@ def _span(
         if TMA:
             q = copy_rows(q_tiles, b, h, m0, BLOCK_M, BLOCK_D)
             do = copy_rows(do_tiles, b, h, m0, BLOCK_M, BLOCK_DV)
-            lse = base_2(lse_tiles.load([b, h, m0]).reshape(BLOCK_M))
+            if BIAS != ADDED:
+                lse = base_2(lse_tiles.load([b, h, m0]).reshape(BLOCK_M))
             delta = delta_tiles.load([b, h, m0]).reshape(BLOCK_M)
         else:
             q = load_rows(q_base, m0, stride_q, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
             do = load_rows(do_base, m0, stride_o, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True)
-            lse = load_lse(lse_base, rows, row_ok)
+            if BIAS != ADDED:
+                lse = load_lse(lse_base, rows, row_ok)
             delta = tl.load(delta_base + rows, mask=row_ok, other=0.0)
+        peak = 0.0
+        if BIAS == ADDED:
+            peak, lse = load_parts(parts_base, parts_s, rows, row_ok)
+            peak = peak[None, :]
         lse = lse[None, :]
         delta = delta[None, :]
         ok = col_ok[:, None] & row_ok[None, :]
@@ -99,9 +107,9 @@ def _span(
         qk = tl.dot(k, tl.trans(q), qk, input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         dp = tl.dot(v, tl.trans(do), dp, input_precision=PRECISION)
         p, ds, t = weights(
-            qk, dp, lse, delta, i, j, ok, bias_base, bias_stride_q, bias_stride_k, slope, offset,
-            scaling, softcap, seed, stream, keep_threshold, keep_scale, HAS_KEY_MASK, SOFTCAP,
-            HAS_ALIBI, BIAS, DROPOUT,
+            qk, dp, lse, peak, delta, i, j, ok, bias_base, bias_stride_q, bias_stride_k, slope,
+            offset, scaling, softcap, seed, stream, keep_threshold, keep_scale, HAS_KEY_MASK,
+            SOFTCAP, HAS_ALIBI, BIAS, DROPOUT,
         )  # fmt: skip
         if m0 < full_start or m0 >= full_end:
             seen = visible(
@@ -128,10 +136,11 @@ def _span(
 
 @triton.jit(do_not_specialize=["together"])
 def dkdv_kernel(
-    Q, K, V, DOut, Lse, Delta, DK, DV_, DQSum, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
+    Q, K, V, DOut, Lse, LseParts, Delta, DK, DV_, DQSum, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ,
+    CuK, Seed,
     QTiles, KTiles, VTiles, DOutTiles, LseTiles, DeltaTiles, DQTiles,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, dk_sb, dv_sb, dq_sb, lse_sb, lse_sh,
-    bias_sb, bias_sh, bias_sq, bias_sk, slopes_sb,
+    parts_s, bias_sb, bias_sh, bias_sq, bias_sk, slopes_sb,
     blocks_n, together, heads_q, groups, q_len, k_len, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
     PACKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
@@ -139,6 +148,7 @@ def dkdv_kernel(
     BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, ADD_DQ: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """DK ``[B, K, Hkv, D]`` and DV_ ``[B, K, Hkv, DV]``, contiguous: BLOCK_N keys of one head.
 
@@ -170,7 +180,8 @@ def dkdv_kernel(
         col_ok = col_ok & (tl.load(KeyMask + b64 * k_len + cols, mask=col_ok, other=0) != 0)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    o_ss = heads_q * DV
+    q_ss, k_ss, v_ss = far_apart(q_ss, WIDE), far_apart(k_ss, WIDE), far_apart(v_ss, WIDE)
+    o_ss = far_apart(heads_q * DV, WIDE)
     k_base = K + b64 * k_sb + k_start.to(tl.int64) * k_ss + kv64 * k_sh
     v_base = V + b64 * v_sb + k_start.to(tl.int64) * v_ss + kv64 * v_sh
     if TMA:
@@ -198,7 +209,8 @@ def dkdv_kernel(
             slope = tl.load(Slopes + b * slopes_sb + h)
         dk, dv = _span(
             dk, dv, k, v, lo, a, c, hi, QTiles, DOutTiles, LseTiles, DeltaTiles, DQTiles, b, h,
-            dq_base, heads_q * D, q_base, do_base, q_ss, o_ss, Lse + row_at, Delta + row_at,
+            dq_base, heads_q * D, q_base, do_base, q_ss, o_ss, Lse + row_at, LseParts + row_at,
+            parts_s, Delta + row_at,
             bias_base, bias_sq, bias_sk, seed, b * heads_q + h, slope, cols, col_ok, q_len, k_lo,
             k_hi, offset, left, right, sink_tokens, scaling, softcap, keep_threshold, keep_scale,
             HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS,

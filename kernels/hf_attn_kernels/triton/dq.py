@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
-from .backward import load_lse, weights
+from .backward import load_lse, load_parts, weights
 from .primitives import (
+    ADDED,
     copy_rows,
+    far_apart,
     kept_bounds,
     key_ranges,
     load_rows,
@@ -17,7 +19,7 @@ from .primitives import (
 
 @triton.jit
 def _span(
-    dq, q, do, lse, delta, start, full_start, full_end, end, k_tiles, v_tiles, b, kv_head,
+    dq, q, do, lse, peak, delta, start, full_start, full_end, end, k_tiles, v_tiles, b, kv_head,
     k_base, v_base, stride_k, stride_v, key_mask, bias_base, bias_stride_q, bias_stride_k, seed,
     stream, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
@@ -47,7 +49,7 @@ def _span(
         qk = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         _, ds, t = weights(
-            qk, dp, lse[:, None], delta[:, None], i, j, ok, bias_base, bias_stride_q,
+            qk, dp, lse[:, None], peak[:, None], delta[:, None], i, j, ok, bias_base, bias_stride_q,
             bias_stride_k, slope, offset, scaling, softcap, seed, stream, keep_threshold,
             keep_scale, HAS_KEY_MASK, SOFTCAP, HAS_ALIBI, BIAS, DROPOUT,
         )  # fmt: skip
@@ -65,9 +67,10 @@ def _span(
 
 @triton.jit(do_not_specialize=["together"])
 def dq_kernel(
-    Q, K, V, DOut, Lse, Delta, DQ, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
+    Q, K, V, DOut, Lse, LseParts, Delta, DQ, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
     QTiles, KTiles, VTiles, DOutTiles,
     q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, dq_sb, lse_sb, lse_sh,
+    parts_s,
     bias_sb, bias_sh, bias_sq, bias_sk, slopes_sb,
     blocks_m, together, heads_q, groups, q_len, k_len, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
@@ -75,7 +78,7 @@ def dq_kernel(
     HAS_SINK_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
     BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """DQ ``[B, Q, Hq, D]`` contiguous; the walk over the keys is the forward's."""
     block, head = place(tl.program_id(0), blocks_m, together)
@@ -94,6 +97,7 @@ def dq_kernel(
         first_row, last_row, k_lo, k_hi, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
 
+    q_ss, k_ss, v_ss = far_apart(q_ss, WIDE), far_apart(k_ss, WIDE), far_apart(v_ss, WIDE)
     rows = first_row + tl.arange(0, BLOCK_M)
     row_ok = rows < q_len
     b64 = b.to(tl.int64)
@@ -101,7 +105,7 @@ def dq_kernel(
     kv_head = (h // groups).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    o_ss = heads_q * DV
+    o_ss = far_apart(heads_q * DV, WIDE)
     q_base = Q + b64 * q_sb + q_start.to(tl.int64) * q_ss + h64 * q_sh
     do_base = DOut + b64 * o_sb + q_start.to(tl.int64) * o_ss + h64 * DV
     k_base = K + b64 * k_sb + k_start.to(tl.int64) * k_ss + kv_head * k_sh
@@ -115,7 +119,11 @@ def dq_kernel(
     else:
         q = load_rows(q_base, first_row, q_ss, offs_d, row_ok, BLOCK_M, D, BLOCK_D, True)
         do = load_rows(do_base, first_row, o_ss, offs_dv, row_ok, BLOCK_M, DV, BLOCK_DV, True)
-    lse = load_lse(Lse + row_at, rows, row_ok)
+    peak = tl.zeros([BLOCK_M], tl.float32)
+    if BIAS == ADDED:
+        peak, lse = load_parts(LseParts + row_at, parts_s, rows, row_ok)
+    else:
+        lse = load_lse(Lse + row_at, rows, row_ok)
     delta = tl.load(Delta + row_at + rows, mask=row_ok, other=0.0)
     slope = 0.0
     if HAS_ALIBI:
@@ -129,15 +137,15 @@ def dq_kernel(
         sink_start = k_lo // BLOCK_N * BLOCK_N
         sink_end = tl.minimum(tl.minimum(k_lo + sink_tokens, k_hi), lo)
         dq = _span(
-            dq, q, do, lse, delta, sink_start, hi, hi, sink_end, KTiles, VTiles, b, h // groups,
-            k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
+            dq, q, do, lse, peak, delta, sink_start, hi, hi, sink_end, KTiles, VTiles, b,
+            h // groups, k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
             b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
             scaling, softcap, keep_threshold, keep_scale,
             HAS_LEFT, HAS_RIGHT, HAS_SINK_TOKENS, SOFTCAP, HAS_ALIBI, BIAS, HAS_KEY_MASK,
             DROPOUT, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, PRECISION, TMA,
         )  # fmt: skip
     dq = _span(
-        dq, q, do, lse, delta, lo, a, c, hi, KTiles, VTiles, b, h // groups,
+        dq, q, do, lse, peak, delta, lo, a, c, hi, KTiles, VTiles, b, h // groups,
         k_base, v_base, k_ss, v_ss, key_mask, bias_base, bias_sq, bias_sk, seed,
         b * heads_q + h, slope, rows, row_ok, k_lo, k_hi, offset, left, right, sink_tokens,
         scaling, softcap, keep_threshold, keep_scale,

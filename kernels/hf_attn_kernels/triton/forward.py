@@ -15,6 +15,7 @@ from .primitives import (
     LOG2E,
     copy_rows,
     dropout_keep,
+    far_apart,
     kept_bounds,
     key_ranges,
     load_rows,
@@ -97,9 +98,9 @@ def _span(
 
 @triton.jit(do_not_specialize=["together"])
 def attention_forward_kernel(
-    Q, K, V, Out, Lse, SAux, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
+    Q, K, V, Out, Lse, LseParts, SAux, Slopes, Bias, KeyMask, KeyLo, KeyHi, CuQ, CuK, Seed,
     QTiles, KTiles, VTiles,
-    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, lse_sb, lse_sh,
+    q_sb, q_ss, q_sh, k_sb, k_ss, k_sh, v_sb, v_ss, v_sh, o_sb, lse_sb, lse_sh, parts_s,
     bias_sb, bias_sh, bias_sq, bias_sk, slopes_sb,
     blocks_m, together, heads_q, groups, q_len, k_len, left, right, sink_tokens, scaling, softcap,
     keep_threshold, keep_scale,
@@ -108,9 +109,10 @@ def attention_forward_kernel(
     BIAS: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_S_AUX: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    TMA: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Q ``[B, Q, Hq, D]`` by strides, Out ``[B, Q, Hq, DV]`` contiguous, Lse ``[B, Hq, Q]``.
+    """Q ``[B, Q, Hq, D]`` by strides, Out ``[B, Q, Hq, DV]`` contiguous, Lse ``[B, Hq, Q]``; of an
+    added bias also LseParts ``[2, B, Hq, Q]``, see `Shape.lse_parts`.
 
     With TMA also QTiles, KTiles and VTiles: descriptors of q, k, v in tiles of BLOCK_M or BLOCK_N.
     """
@@ -130,6 +132,7 @@ def attention_forward_kernel(
         first_row, last_row, k_lo, k_hi, offset, left, right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
 
+    q_ss, k_ss, v_ss = far_apart(q_ss, WIDE), far_apart(k_ss, WIDE), far_apart(v_ss, WIDE)
     rows = first_row + tl.arange(0, BLOCK_M)
     row_ok = rows < q_len
     b64 = b.to(tl.int64)
@@ -191,5 +194,10 @@ def attention_forward_kernel(
     o_base = Out + b64 * o_sb + q_start.to(tl.int64) * o_ss + h64 * DV
     o_ptrs = o_base + rows.to(tl.int64)[:, None] * o_ss + offs_dv[None, :]
     tl.store(o_ptrs, acc.to(Out.dtype.element_ty), mask=row_ok[:, None] & (offs_dv < DV)[None, :])
-    lse_base = Lse + b64 * lse_sb + h64 * lse_sh + q_start
-    tl.store(lse_base + rows, lse, mask=row_ok)
+    row_at = b64 * lse_sb + h64 * lse_sh + q_start
+    tl.store(Lse + row_at + rows, lse, mask=row_ok)
+    if BIAS == ADDED:
+        peak = tl.where(total == 0.0, 0.0, m)
+        rest = tl.where(total == 0.0, float("inf"), tl.log2(total_safe))
+        tl.store(LseParts + row_at + rows, peak, mask=row_ok)
+        tl.store(LseParts + parts_s + row_at + rows, rest, mask=row_ok)

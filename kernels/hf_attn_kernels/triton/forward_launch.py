@@ -19,10 +19,25 @@ from .launch import (
     blocks_of,
     heads_together,
     on_device,
+    parts_arguments,
     shared_arguments,
     tiled,
     tiles_for,
 )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a forward kernel writes."""
+
+    out: Tensor
+    lse: Tensor
+    parts: Tensor  # see `Shape.lse_parts`
+
+    @staticmethod
+    def of(x: Inputs) -> Outputs:
+        out, lse = x.shape.empty_outputs(x.q)
+        return Outputs(out, lse, x.shape.lse_parts(lse, x.bias))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,19 +46,19 @@ class ForwardKernel:
 
     name: str
     refuses: Callable[[Inputs, str], str | None]  # why not this call on this chip; None: it serves
-    launch: Callable[[Inputs, Tensor, Tensor, str], Launch]  # writing out and lse, on this chip
+    launch: Callable[[Inputs, Outputs, str], Launch]  # writing those, on this chip
 
 
-def _launch(x: Inputs, out: Tensor, lse: Tensor, chip: str, *, tma: bool) -> Launch:
+def _launch(x: Inputs, o: Outputs, chip: str, *, tma: bool) -> Launch:
     shape, t = x.shape, tiles_for("forward", x, chip, tma=tma)
     blocks_m = blocks_of(shape.q_len, t.block_m)
-    lse_sb, lse_sh = shape.lse_strides(lse)
+    lse_sb, lse_sh = shape.lse_strides(o.lse)
     heads = shape.batch * shape.heads_kv
     together = heads_together(x.pattern, heads, x.bytes_of_head(shape.k_len))
     arguments = {
-        **shared_arguments(x), "Out": out, "Lse": lse,
+        **shared_arguments(x), "Out": o.out, "Lse": o.lse, **parts_arguments(o.parts, x.q),
         "SAux": x.q if x.s_aux is None else x.s_aux, "HAS_S_AUX": x.s_aux is not None,
-        "o_sb": batch_stride(out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh,
+        "o_sb": batch_stride(o.out, shape.packed), "lse_sb": lse_sb, "lse_sh": lse_sh,
         "blocks_m": blocks_m, "together": together * shape.group,
         "QTiles": None, "KTiles": None, "VTiles": None, "TMA": tma,
     }  # fmt: skip
@@ -57,20 +72,20 @@ def _launch(x: Inputs, out: Tensor, lse: Tensor, chip: str, *, tma: bool) -> Lau
     return tiled("forward", attention_forward_kernel, t, grid, arguments)
 
 
-def _by_descriptors(x: Inputs, out: Tensor, lse: Tensor, chip: str) -> Launch:
-    return _launch(x, out, lse, chip, tma=True)
+def _by_descriptors(x: Inputs, o: Outputs, chip: str) -> Launch:
+    return _launch(x, o, chip, tma=True)
 
 
-def _by_pointers(x: Inputs, out: Tensor, lse: Tensor, chip: str) -> Launch:
-    return _launch(x, out, lse, chip, tma=False)
+def _by_pointers(x: Inputs, o: Outputs, chip: str) -> Launch:
+    return _launch(x, o, chip, tma=False)
 
 
 def _no_descriptors(x: Inputs, chip: str) -> str | None:
     return refusal(x, chip, () if x.shape.packed else (x.q,))
 
 
-def _by_gluon(x: Inputs, out: Tensor, lse: Tensor, chip: str) -> Launch:
-    return gluon_launch.forward_launch(x, out, lse)
+def _by_gluon(x: Inputs, o: Outputs, chip: str) -> Launch:
+    return gluon_launch.forward_launch(x, o.out, o.lse)
 
 
 # the first that serves a call runs; the last serves all
@@ -86,14 +101,13 @@ def forward_kernel(x: Inputs, chip: str) -> ForwardKernel:
     return next(way for way in FORWARD if not ruled_out(way.name) and way.refuses(x, chip) is None)
 
 
-def forward_launch(x: Inputs, out: Tensor, lse: Tensor, chip: str) -> Launch:
-    """The kernel that writes `out` and `lse`, with the tiles of `chip`."""
-    return forward_kernel(x, chip).launch(x, out, lse, chip)
+def forward_launch(x: Inputs, o: Outputs, chip: str) -> Launch:
+    """The kernel that writes `o`, with the tiles of `chip`."""
+    return forward_kernel(x, chip).launch(x, o, chip)
 
 
-def run_forward(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Out, lse."""
-    out, lse = x.shape.empty_outputs(x.q)
+def run_forward(x: Inputs) -> Outputs:
+    o = Outputs.of(x)
     with on_device(x.q.device):
-        forward_launch(x, out, lse, chip_of(x.q.device.type, x.q.device.index)).run()
-    return out, lse
+        forward_launch(x, o, chip_of(x.q.device.type, x.q.device.index)).run()
+    return o

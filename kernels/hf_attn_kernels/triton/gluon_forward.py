@@ -157,7 +157,9 @@ def _consume(
     lse = gl.where(total == 0.0, float("-inf"), m / LOG2E + gl.log(total_safe))
     acc = acc / gl.convert_layout(total_safe, gl.SliceLayout(1, SUMS))[:, None]
     b64 = gl.to_tensor(b).to(gl.int64)
-    gl.store(Lse + b64 * lse_sb + h * lse_sh + rows, lse, mask=rows < q_len)
+    gl.store(
+        Lse + b64 * lse_sb + gl.to_tensor(h).to(gl.int64) * lse_sh + rows, lse, mask=rows < q_len
+    )
     own = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, SUMS))
     cols = gl.arange(0, D, gl.SliceLayout(0, SUMS))
     base = Out + b64 * o_sb + h * D

@@ -14,6 +14,8 @@ from .choice import ruled_out
 from .config import CACHE_BYTES, Tiles, tiles
 
 NO_BIAS, ADDED, KEEP = 0, 1, 2  # as in primitives
+GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's, of the programs along each axis
+LARGEST_TILE = 256  # rows; no tile of the table has more
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class Shape:
         lse_shape = (self.batch, self.heads_q, self.q_len)
         return q.new_empty(out_shape), q.new_empty(lse_shape, dtype=torch.float32)
 
+    def lse_parts(self, lse: Tensor, bias: Tensor | None) -> Tensor:
+        """What an added bias makes the backward need in the place of `lse`, ``[2, ...]`` float32:
+        the largest base-2 score of a row, and log2 of the sum of its weights beside that. Of a row
+        that the bias hides (finfo.min) their sum would keep the first alone. Else 0 elements."""
+        if bias is None or bias.dtype == torch.bool:
+            return lse.new_empty(0)
+        new = lse.new_zeros if self.packed else lse.new_empty
+        return new((2, *lse.shape))
+
     def lse_strides(self, lse: Tensor) -> tuple[int, int]:
         """Of batch and head; a packed lse has no batch."""
         return (0, lse.stride(0)) if self.packed else (lse.stride(0), lse.stride(1))
@@ -76,9 +87,18 @@ class Launch:
     max_registers: int | None = None
 
     def run(self) -> Any:
-        """The compiled kernel; None where there is nothing to do, and from the interpreter."""
+        """The compiled kernel; None where there is nothing to do, and from the interpreter.
+
+        Raises:
+            ValueError: the call needs more programs than a launch may have.
+        """
         if not all(self.grid):
             return None
+        if any(have > most for have, most in zip(self.grid, GRID_LIMITS, strict=False)):
+            raise ValueError(
+                f"the {self.kernel} kernel needs a grid of {self.grid} programs for this call; "
+                f"possible: up to {GRID_LIMITS}. Give it fewer rows at a time"
+            )
         capped = {} if self.max_registers is None else {"maxnreg": self.max_registers}
         return self.fn[self.grid](
             **self.arguments, num_warps=self.num_warps, num_stages=self.num_stages, **capped
@@ -144,6 +164,12 @@ def shared_arguments(x: Inputs) -> dict[str, Any]:
     bias_bytes = bias.view(torch.uint8) if bias is not None and keep_bias else bias
     # an absent tensor is never read; q stands in for its pointer
     lo, hi = (q, q) if x.key_mask is None else _key_bounds(x.key_mask)
+    q_strides, k_strides, v_strides = (
+        _strides(name, t, shape.packed) for name, t in (("q", q), ("k", x.k), ("v", x.v))
+    )
+    row_strides = (
+        q_strides["q_ss"], k_strides["k_ss"], v_strides["v_ss"], shape.heads_q * shape.head_dim_v,
+    )  # fmt: skip
     bias_strides = [0, 0, 0, 0]
     if bias is not None:
         bias_strides = [
@@ -157,8 +183,7 @@ def shared_arguments(x: Inputs) -> dict[str, Any]:
         "KeyLo": lo, "KeyHi": hi,
         "CuQ": q if x.cu_q is None else x.cu_q, "CuK": q if x.cu_k is None else x.cu_k,
         "Seed": q if x.seed is None else x.seed,
-        **_strides("q", q, shape.packed), **_strides("k", x.k, shape.packed),
-        **_strides("v", x.v, shape.packed),
+        **q_strides, **k_strides, **v_strides,
         **dict(zip(("bias_sb", "bias_sh", "bias_sq", "bias_sk"), bias_strides, strict=True)),
         "slopes_sb": 0 if x.slopes is None or x.slopes.shape[0] == 1 else x.slopes.stride(0),
         "heads_q": shape.heads_q, "groups": shape.group,
@@ -172,12 +197,19 @@ def shared_arguments(x: Inputs) -> dict[str, Any]:
         "HAS_RIGHT": pattern.window_right >= 0, "HAS_SINK_TOKENS": pattern.sink_tokens > 0,
         "SOFTCAP": pattern.softcap > 0, "HAS_ALIBI": x.slopes is not None,
         "BIAS": NO_BIAS if bias is None else (KEEP if keep_bias else ADDED),
+        "WIDE": max(row_strides) * LARGEST_TILE >= 2**31,
         "HAS_KEY_MASK": x.key_mask is not None, "DROPOUT": pattern.dropout_p > 0,
         "D": shape.head_dim, "DV": shape.head_dim_v,
         "BLOCK_D": padded_dim(shape.head_dim), "BLOCK_DV": padded_dim(shape.head_dim_v),
         # float32 stays float32: TF32 would keep 10 bits of the mantissa
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
+
+
+def parts_arguments(parts: Tensor, q: Tensor) -> dict[str, Any]:
+    """Of a kernel that writes or reads `parts`, see :meth:`Shape.lse_parts`."""
+    none = parts.numel() == 0
+    return {"LseParts": q if none else parts, "parts_s": 0 if none else parts.stride(0)}
 
 
 def tiled(kernel: str, fn: Any, t: Tiles, grid: tuple[int, ...], args: dict[str, Any]) -> Launch:

@@ -20,11 +20,12 @@ from ..mla import MlaProblem
 from .config import chip_of
 from .decode import DTYPES, on
 from .decode_config import MAX_SPLITS, DecodeConfig, choose_splits, padded, processors
-from .decode_kernel import LOG2E, RECORD_TAIL, reduce_kernel
+from .decode_kernel import RECORD_TAIL, reduce_kernel
 from .decode_launch import readable, row_stride, strides
 from .launch import Launch
 from .mla_config import MAX_RANK, MAX_ROPE, config_for
 from .mla_kernel import mla_kernel
+from .primitives import LOG2E
 
 
 def mla_attention(p: MlaProblem) -> tuple[Tensor, Tensor]:
@@ -84,7 +85,7 @@ def launches(p: MlaProblem, out: Tensor, lse: Tensor, chip: str, units: int) -> 
         record = rank + RECORD_TAIL.value
         partial = out.new_empty(batch * q_len * heads * splits * record, dtype=torch.float32)
     decode = Launch(
-        "mla", mla_kernel, (tiles_m * splits, batch),
+        "mla", mla_kernel, (splits * tiles_m * batch,),
         _arguments(p, config, splits, out, lse, partial, chip),
         config.num_warps, config.num_stages, config.max_registers,
     )  # fmt: skip
@@ -123,7 +124,8 @@ def _arguments(
         "latent_descale": p.latent_descale, "rope_descale": p.rope_descale,
         **dict(zip(names, steps, strict=True)),
         "table_sb": row_stride(p.block_table), "mask_sb": 0 if mask is None else mask.shape[1],
-        "q_len": q_len, "k_len": p.latent.shape[1], "room": p.capacity, "pages": p.latent.shape[0],
+        "q_len": q_len, "k_len": p.latent.shape[1], "room": p.capacity if p.latent.shape[0] else 0,
+        "pages": p.latent.shape[0],
         "window_left": pattern.window_left, "window_right": pattern.window_right,
         "scale": pattern.scaling * LOG2E.value,
         "H": heads, "R": rank, "P": rope, "BLOCK_R": padded(rank), "BLOCK_P": padded(rope),

@@ -34,15 +34,17 @@ def mla_kernel(
     PAGE_SIZE: tl.constexpr, SPLITS: tl.constexpr,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S * tiles of Q * H rows, B).
+    """Grid (S * tiles of Q * H rows * B).
 
     Rows have `q_len` queries and the keys in `seqlens`, without it `k_len`. `room` is what a row of
     the cache holds, `pages` its pages: neither is left, whatever lengths and table say. `scale`
     turns a dot product into a base-2 score.
     """
     split = tl.program_id(0) % SPLITS
-    m0 = (tl.program_id(0) // SPLITS) * BM
-    b = tl.program_id(1).to(tl.int64)
+    tile_m = tl.program_id(0) // SPLITS
+    tiles_m = tl.cdiv(q_len * H, BM)
+    b = (tile_m // tiles_m).to(tl.int64)
+    m0 = tile_m % tiles_m * BM
     kv_len = k_len if seqlens is None else tl.load(seqlens + b)
     kv_len = tl.minimum(kv_len, room)
     start = 0 if leftpad is None else tl.maximum(tl.load(leftpad + b), 0)
@@ -101,6 +103,7 @@ def mla_kernel(
         n = begin * BN + tl.arange(0, BN)
         at = tl.minimum(tl.maximum(n, lo), hi - 1)
         numbers = tl.load(table + at // PAGE_SIZE, mask=(n * 0 + begin) < end, other=0)
+        lowest = numbers * 0
     for tile in tl.range(begin, end):
         n = tile * BN + tl.arange(0, BN)
         at = tl.minimum(tl.maximum(n, lo), hi - 1)  # what no row sees is never read
@@ -108,6 +111,7 @@ def mla_kernel(
             l_off = b * l_sb + at.to(tl.int64) * l_st
             r_off = b * r_sb + at.to(tl.int64) * r_st
         else:
+            lowest = tl.minimum(lowest, numbers)
             page = within(numbers, pages)
             place = (at % PAGE_SIZE).to(tl.int64)
             l_off = page * l_sb + place * l_st
@@ -149,6 +153,8 @@ def mla_kernel(
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(keys.dtype), keys, acc, input_precision="ieee")
 
+    if PAGE_SIZE > 0:  # a key that is seen has no page: no number is the answer
+        total = tl.where(tl.min(lowest, 0) < 0, float("nan"), total)
     # normalised here too, so that combining splits needs the log-sum-exp alone
     some = tl.where(total == 0.0, 1.0, total)
     result = acc * (latent_scale / some)[:, None]

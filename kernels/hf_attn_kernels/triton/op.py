@@ -13,7 +13,7 @@ from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
 from .backward_launch import run_backward
 from .decode import decode_dense, serves_dense
-from .forward_launch import run_forward
+from .forward_launch import Outputs, run_forward
 from .launch import Inputs, Shape
 
 
@@ -22,7 +22,7 @@ def attention(problem: Problem) -> tuple[Tensor, Tensor]:
     if serves_dense(problem):
         return decode_dense(problem)
     p, pattern = problem, problem.pattern
-    out, lse = attention_forward(
+    out, lse, _ = attention_forward(
         p.q,
         p.k,
         p.v,
@@ -74,8 +74,10 @@ def attention_forward(
     sink_tokens: int,
     dropout_p: float,
     deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """Out and log-sum-exp; arguments as in :class:`..problem.Problem`, already checked.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, log-sum-exp and its parts (`Shape.lse_parts`).
+
+    Arguments are as in :class:`..problem.Problem`, already checked.
 
     `deterministic` is for the backward, which sees this operator's arguments alone.
     """
@@ -87,9 +89,10 @@ def attention_forward(
         sink_tokens=sink_tokens,
         dropout_p=dropout_p,
     )
-    return run_forward(
+    o = run_forward(
         Inputs(q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
     )
+    return o.out, o.lse, o.parts
 
 
 @attention_forward.register_fake
@@ -98,8 +101,10 @@ def _(
     bias: Tensor | None, key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     seed: Tensor | None, max_q: int, max_k: int, scaling: float, left: int, right: int,
     softcap: float, sink_tokens: int, dropout_p: float, deterministic: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return Shape.of(q, k, v, cu_q, max_q, max_k).empty_outputs(q)
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    shape = Shape.of(q, k, v, cu_q, max_q, max_k)
+    out, lse = shape.empty_outputs(q)
+    return out, lse, shape.lse_parts(lse, bias)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::attention_backward", mutates_args=())
@@ -108,6 +113,7 @@ def attention_backward(
     dlse: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    parts: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -139,16 +145,16 @@ def attention_backward(
         dropout_p=dropout_p,
     )
     x = Inputs(q, k, v, s_aux, slopes, bias, key_mask, cu_q, cu_k, seed, max_q, max_k, pattern)
-    return run_backward(x, dout, dlse, out, lse, bias_needs_grad, deterministic)
+    return run_backward(x, dout, dlse, Outputs(out, lse, parts), bias_needs_grad, deterministic)
 
 
 @attention_backward.register_fake
 def _(
-    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
-    s_aux: Tensor | None, slopes: Tensor | None, bias: Tensor | None, key_mask: Tensor | None,
-    cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None, max_q: int, max_k: int,
-    scaling: float, left: int, right: int, softcap: float, sink_tokens: int, dropout_p: float,
-    deterministic: bool, bias_needs_grad: bool,
+    dout: Tensor, dlse: Tensor | None, out: Tensor, lse: Tensor, parts: Tensor, q: Tensor,
+    k: Tensor, v: Tensor, s_aux: Tensor | None, slopes: Tensor | None, bias: Tensor | None,
+    key_mask: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, seed: Tensor | None,
+    max_q: int, max_k: int, scaling: float, left: int, right: int, softcap: float, sink_tokens: int,
+    dropout_p: float, deterministic: bool, bias_needs_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return (
         q.new_empty(q.shape),
@@ -167,14 +173,14 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, dout, dlse):
-    *tensors, out, lse = ctx.saved_tensors
+def _backward(ctx, dout, dlse, _dparts):
+    *tensors, out, lse, parts = ctx.saved_tensors
     nothing = (None,) * (len(tensors) + len(ctx.numbers))
     if dout is None and dlse is None:
         return nothing
     dout = torch.zeros_like(out) if dout is None else dout
     dq, dk, dv, dbias, ds_aux = attention_backward(
-        dout, dlse, out, lse, *tensors, *ctx.numbers, ctx.bias_needs_grad
+        dout, dlse, out, lse, parts, *tensors, *ctx.numbers, ctx.bias_needs_grad
     )
     return (
         dq,

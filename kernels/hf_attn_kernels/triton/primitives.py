@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-(2.0**127))  # of an added bias that is finite
 NO_BIAS = tl.constexpr(0)
 ADDED = tl.constexpr(1)  # bias is added to the score
 KEEP = tl.constexpr(2)  # bias is a mask, nonzero = keep
@@ -88,7 +89,7 @@ def load_rows(
     """``[ROWS, BLOCK_D]`` tile of a row-major matrix from row `first`; what is outside reads as 0.
 
     The one 64-bit product is a scalar: offsets within a tile are small, and 32-bit ones cost half
-    the registers.
+    the registers. Where they are not small `stride` must be 64 bits wide, see :func:`far_apart`.
     """
     local = tl.arange(0, ROWS)[:, None] * stride + cols[None, :]
     ptrs = base + tl.cast(first, tl.int64) * stride + local
@@ -99,6 +100,14 @@ def load_rows(
     if D == BLOCK_D:
         return tl.load(ptrs)
     return tl.load(ptrs, mask=(cols < D)[None, :], other=0.0)
+
+
+@triton.jit
+def far_apart(stride, WIDE: tl.constexpr):
+    """A stride of rows, 64 bits wide with WIDE: a tile of them may reach beyond 2**31 elements."""
+    if WIDE:
+        stride = tl.cast(stride, tl.int64)
+    return stride
 
 
 @triton.jit
@@ -126,8 +135,19 @@ def visible(
 
 @triton.jit
 def tanh(x):
-    """From exp, so that every target and the interpreter have it; exact to float32 rounding."""
-    return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    """From exp2, so that every target and the interpreter have it; to a few float32 roundings.
+
+    Near 0 a polynomial of Moshier's Cephes library: 1 - exp2(...) would cancel there, and a softcap
+    multiplies what is lost.
+    """
+    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - e) / (1.0 + e)
+    z = x * x
+    p = z * -5.70498872745e-3 + 2.06390887954e-2
+    p = p * z - 5.37397155531e-2
+    p = p * z + 1.33314422036e-1
+    p = p * z - 3.33332819422e-1
+    return tl.where(z < 0.390625, x + x * (z * p), tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -154,7 +174,11 @@ def score_tile(
         ptrs = bias_base + i.to(tl.int64) * bias_stride_q + j.to(tl.int64) * bias_stride_k
         value = tl.load(ptrs, mask=in_bounds, other=0)
         if BIAS == ADDED:
-            s += value.to(tl.float32) * LOG2E
+            # finfo.min hides by a number, and would be -inf in base 2. Chosen after the product, so
+            # that no compiler fuses it with the sum: forward and backward must round alike
+            wide = value.to(tl.float32)
+            low = (wide < LOWEST) & (wide > float("-inf"))
+            s += tl.where(low, LOWEST * LOG2E, tl.where(low, LOWEST, wide) * LOG2E)
         else:
             s = tl.where(value != 0, s, float("-inf"))
     return s, t
