@@ -5,7 +5,7 @@
 
 Importing costs next to nothing. transformers' modelling code (seconds, and on many machines Triton
 with it) is not imported here: the implementations are registered when it is, see
-:mod:`._on_import`. Names below are imported when they are first used.
+:mod:`.import_hooks`. Names below are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import _on_import
+from . import import_hooks
 
 if TYPE_CHECKING:
     from .cache.paged import PagedCache
     from .cache.rolling import RollingCache
+    from .capabilities import Accepted, Rejected, Requirements, Verdict
     from .checks import check
     from .registry import (
         AttentionImpl,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
         register,
         unregister,
     )
-    from .requirements import Accepted, Rejected, Requirements, Verdict
     from .swa import SwaSettings, configure_swa
 
 __version__ = "0.1.0"
@@ -60,10 +60,10 @@ _HOME = {
     "list_implementations": "registry",
     "register": "registry",
     "unregister": "registry",
-    "Accepted": "requirements",
-    "Rejected": "requirements",
-    "Requirements": "requirements",
-    "Verdict": "requirements",
+    "Accepted": "capabilities",
+    "Rejected": "capabilities",
+    "Requirements": "capabilities",
+    "Verdict": "capabilities",
     "SwaSettings": "swa",
     "configure_swa": "swa",
 }
@@ -81,4 +81,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_on_import.register_with_transformers()
+import_hooks.register_with_transformers()

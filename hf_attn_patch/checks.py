@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from . import compat, guard
+from .capabilities import Accepted, Rejected, Verdict
 from .config_values import layer_value
 from .model_code import parts
+from .registration import model_check
 from .registry import IMPLEMENTATIONS, AttentionImpl, is_registered
-from .requirements import Accepted, Rejected, Verdict
-from .swa_settings import stored
+from .swa_config import stored
+from .transformers_compat import compat
 
 NOT_CAUSAL = "use attn_implementation='triton_fa2'"
 
@@ -85,7 +86,7 @@ def _model_verdict(
             "pass the model itself instead of its config or name",
         )
     for part, model_type in _parts(model, model_class, config):
-        refused = guard.refusal(part, model_type, impl.name)
+        refused = model_check.refusal(part, model_type, impl.name)
         if refused is not None:
             return Rejected(*refused)
     text = config.get_text_config(decoder=True)

@@ -1,7 +1,8 @@
 """The implementations, each described in one place. Read this file first.
 
-To add one: write its forward (:mod:`.forward`) and its mask function (:mod:`.masks`), give both a
-door in :mod:`.entry`, add a literal to ``IMPLEMENTATIONS``. Importing this file imports no torch.
+To add one: write its forward (:mod:`.attention.dense`) and its mask function
+(:mod:`.masking.functions`), give both a door in :mod:`.registration.functions`, add a literal to
+``IMPLEMENTATIONS``. Importing this file imports no torch.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import entry, flash_names, guard
-from .requirements import DeviceRequirement, Requirements
+from .capabilities import DeviceRequirement, Requirements
+from .registration import functions, model_check
+from .transformers_compat import flash_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,32 +66,32 @@ IMPLEMENTATIONS: tuple[AttentionImpl, ...] = (
     AttentionImpl(
         name="triton_fa2",
         summary="FlashAttention-2, forward and backward; the model's own windows, softcap, sinks",
-        forward=entry.fa2_forward,
-        mask=entry.fa2_mask,
+        forward=functions.fa2_forward,
+        mask=functions.fa2_mask,
         supports=Capabilities(),
         requires=ON_ANY_DEVICE,
     ),
     AttentionImpl(
         name="triton_swa",
         summary="the same with a window on any causal model, first tokens kept, a rolling cache",
-        forward=entry.swa_forward,
-        mask=entry.swa_mask,
+        forward=functions.swa_forward,
+        mask=functions.swa_mask,
         supports=Capabilities(sink_tokens=True, rolling_cache=True),
         requires=ON_ANY_DEVICE,
     ),
     AttentionImpl(
         name="triton_paged_flash2",  # transformers batches continuously for names with "flash" only
         summary="triton_fa2, and continuous batching (generate_batch, scripts/serve.py) in place",
-        forward=entry.paged_forward,
-        mask=entry.paged_mask,
+        forward=functions.paged_forward,
+        mask=functions.paged_mask,
         supports=Capabilities(continuous_batching=True),
         requires=ON_ANY_DEVICE,
     ),
     AttentionImpl(
         name="triton_mla",
         summary="multi-head latent attention (DeepSeek): decodes without expanding the cache",
-        forward=entry.mla_forward,
-        mask=entry.mla_mask,
+        forward=functions.mla_forward,
+        mask=functions.mla_mask,
         # models with latents only: none of them is bidirectional or asks for softcap or sinks
         supports=Capabilities(
             latents=True, full=False, gqa=False, softcap=False, sink_logits=False
@@ -162,13 +164,13 @@ def unregister(names: Iterable[str] | None = None) -> None:
         for place in _places(impl):
             if _is_ours(place.table.get(place.key)):
                 del place.table[place.key]
-    guard.remove()
+    model_check.remove()
     _watch()
 
 
 def is_registered(name: str) -> bool:
     """Whether transformers now knows `name`, and means this package by it."""
-    return all(_is_ours(table.get(name)) for _, table in entry.interfaces())
+    return all(_is_ours(table.get(name)) for _, table in functions.interfaces())
 
 
 class _Place(NamedTuple):
@@ -181,18 +183,18 @@ class _Place(NamedTuple):
 
 
 def _places(impl: AttentionImpl) -> Iterator[_Place]:
-    (attention, attentions), (mask, masks) = entry.interfaces()
+    (attention, attentions), (mask, masks) = functions.interfaces()
     yield _Place(attention, attentions, impl.name, impl.forward)
     yield _Place(mask, masks, impl.name, impl.mask)
-    if impl.supports.continuous_batching and entry.batching_prefix():
+    if impl.supports.continuous_batching and functions.batching_prefix():
         # without a mask: this name only ever gets a batch of the manager's, which needs none
-        yield _Place(attention, attentions, entry.batching_prefix() + impl.name, impl.forward)
+        yield _Place(attention, attentions, functions.batching_prefix() + impl.name, impl.forward)
 
 
 def _watch() -> None:
     names = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
     if names:
-        guard.install(names)
+        model_check.install(names)
     flash_names.install(frozenset(name for name in names if "flash" in name))
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from . import compat
 from .cache.inputs import CACHE_NAMES, by_name, cache_name, find_cache
 from .cache.rolling import RollingCache, RollingLayer, rolling_layers
 from .config_values import layer_value
-from .swa_settings import SwaSettings, required, store
+from .swa_config import SwaSettings, required, store
+from .transformers_compat import compat
 
 __all__ = ["SwaSettings", "configure_swa"]
 

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import mask_forms, packing
+from . import packing
+from .masking import formats
 
 if TYPE_CHECKING:
-    from .forward import Call
+    from .attention.dense import Call
 
 
 def attention_weights(call: Call) -> Tensor:
@@ -30,7 +31,7 @@ def attention_weights(call: Call) -> Tensor:
         scores = torch.tanh(scores / call.softcap) * call.softcap
     if call.position_bias is not None:
         scores = scores + call.position_bias[..., : scores.shape[-1]]
-    visible = mask_forms.read(call.mask, key.shape[2])
+    visible = formats.read(call.mask, key.shape[2])
     if visible.dense is not None and visible.dense.is_floating_point():
         scores = scores + visible.dense
     seen = _seen(call, visible)
@@ -42,7 +43,7 @@ def attention_weights(call: Call) -> Tensor:
     return weights.masked_fill(~seen.any(-1, keepdim=True), 0.0).to(query.dtype)
 
 
-def _seen(call: Call, visible: mask_forms.Visible) -> Tensor:
+def _seen(call: Call, visible: formats.Visible) -> Tensor:
     """``[B|1, H|1, Q, K]`` bool: who sees whom."""
     queries, keys, device = call.query.shape[2], call.key.shape[2], call.query.device
     column = torch.arange(keys, device=device)[None]

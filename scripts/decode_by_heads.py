@@ -26,8 +26,8 @@ from hf_attn_converters.calibration import Calibration
 from hf_attn_patch.bench.rows import environment
 from hf_attn_patch.cli.common import print_table, progress_bar
 from hf_attn_patch.compare.divergence import Quality, measure_quality
-from hf_attn_patch.compare.models import LoadedModel, ModelSpec, load
 from hf_attn_patch.compare.speed import Speed, measure_speed
+from hf_attn_patch.loading import LoadedModel, ModelSpec, load
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = ROOT / "tests" / "fixtures" / "tiny-llama-mha"

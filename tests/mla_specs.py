@@ -9,7 +9,7 @@ import torch
 from tiny_models import LLAMA_LIKE, TinyModel, padded, tokens
 from torch import Tensor
 
-from hf_attn_patch.models import mla as adapter
+from hf_attn_patch.transformers_compat import latent_layers as adapter
 
 OURS = "triton_mla"
 LATENTS = {

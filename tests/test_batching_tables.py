@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hf_attn_patch import batching_tables
+from hf_attn_patch.attention import batching_tables
 
 PAGE = 16
 

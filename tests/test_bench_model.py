@@ -15,11 +15,11 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_checkpoint
 
-from hf_attn_patch import entry
 from hf_attn_patch.bench import model, script, shapes, turns
 from hf_attn_patch.bench.alone import Alone
 from hf_attn_patch.bench.turns import Case, Subject
-from hf_attn_patch.swa_settings import SwaSettings
+from hf_attn_patch.registration import functions
+from hf_attn_patch.swa_config import SwaSettings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
@@ -65,8 +65,8 @@ def threads() -> Any:
 
 def see_half(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is behind triton_fa2 and the paged one sees 16 tokens."""
-    narrow = entry._open()._replace(own_windows=SwaSettings(window=16))
-    monkeypatch.setattr(entry, "_behind", narrow)
+    narrow = functions._open()._replace(own_windows=SwaSettings(window=16))
+    monkeypatch.setattr(functions, "_behind", narrow)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

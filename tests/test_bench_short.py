@@ -13,9 +13,9 @@ from tiny_checkpoints import tiny_checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from typer.testing import CliRunner
 
-from hf_attn_patch import entry
 from hf_attn_patch.bench import short
 from hf_attn_patch.cli import app
+from hf_attn_patch.registration import functions
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_ratio_is_of_the_same_round(checkpoint: Path, monkeypatch: pytest.Mo
 
 
 def test_other_tokens_are_seen(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = entry.fa2_forward
+    right = functions.fa2_forward
 
     def broken(*arguments: Any, **given: Any) -> Any:
         out, weights = right(*arguments, **given)

@@ -18,8 +18,8 @@ from hf_attn_patch.compare.encoders import (
     spearman,
     spread_sentences,
 )
-from hf_attn_patch.compare.models import MASKED as MASKED_LM
-from hf_attn_patch.compare.models import load, parse_spec
+from hf_attn_patch.loading import MASKED as MASKED_LM
+from hf_attn_patch.loading import load, parse_spec
 
 TEXT = " ".join(f"The fox number {i} jumps over {i % 7} lazy dogs." for i in range(60))
 

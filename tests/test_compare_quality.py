@@ -14,7 +14,6 @@ from tiny_checkpoints import tiny_checkpoint
 
 from hf_attn_patch.compare.divergence import measure_quality
 from hf_attn_patch.compare.intervals import BLOCK, block_mean, bootstrap
-from hf_attn_patch.compare.models import LoadedModel, load, parse_spec
 from hf_attn_patch.compare.overlap import overlap, repetition, rouge_l
 from hf_attn_patch.compare.text import (
     Documents,
@@ -24,6 +23,7 @@ from hf_attn_patch.compare.text import (
     tokenize,
     tokenize_documents,
 )
+from hf_attn_patch.loading import LoadedModel, load, parse_spec
 
 TEXT = " ".join(
     f"Sentence number {i} says what it has to say, and then it ends." for i in range(40)

@@ -25,8 +25,8 @@ from hf_attn_patch.compare import (
 )
 from hf_attn_patch.compare.generation import encode_prompt, measure_generation
 from hf_attn_patch.compare.memory import PeakMemory
-from hf_attn_patch.compare.models import load
 from hf_attn_patch.compare.speed import measure_speed
+from hf_attn_patch.loading import load
 
 WORDS = "the quick brown fox jumps over the lazy dog while nobody looks at all. "
 

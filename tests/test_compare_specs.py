@@ -9,8 +9,8 @@ import pytest
 from hf_attn_patch.compare import ModelSpec, parse_spec
 from hf_attn_patch.compare.format import number
 from hf_attn_patch.compare.generation import first_difference
-from hf_attn_patch.compare.models import labels
 from hf_attn_patch.compare.text import read_prompts
+from hf_attn_patch.loading import labels
 
 
 class TestSpecs:

@@ -15,8 +15,8 @@ from tiny_checkpoints import tiny_checkpoint
 
 from hf_attn_converters import convert
 from hf_attn_patch.compare import CompareOptions, compare, parse_spec, table
-from hf_attn_patch.compare.models import load
 from hf_attn_patch.compare.tasks import measure_tasks
+from hf_attn_patch.loading import load
 
 
 @pytest.fixture(scope="module")

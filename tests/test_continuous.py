@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching import initialization
 
-from hf_attn_patch import batching_tables, continuous
-from hf_attn_patch.batching_cache import layer_pages
-from hf_attn_patch.entry import paged_forward
+from hf_attn_patch.attention import batching_tables, continuous
+from hf_attn_patch.registration.functions import paged_forward
+from hf_attn_patch.transformers_compat.continuous_cache import layer_pages
 
 NAME = "triton_paged_flash2"
 NEWER = "page_size" in ContinuousBatchingConfig.__dataclass_fields__
@@ -91,7 +91,7 @@ def eager(spec: TinyModel, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> li
 
 @dataclass
 class Routes:
-    """How often each way through :mod:`hf_attn_patch.continuous` was taken."""
+    """How often each way through :mod:`hf_attn_patch.attention.continuous` was taken."""
 
     taken: dict[str, int] = field(default_factory=dict)
     forwarded: int = 0  # tokens that went through the first layer
@@ -311,9 +311,9 @@ def test_negative_control_two_pages_swapped(model: str, monkeypatch: pytest.Monk
 
 def test_the_mask_of_a_graph_under_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """While a graph is captured nothing may be counted; the manager's batches need no count."""
-    from hf_attn_patch import masks
+    from hf_attn_patch.masking import functions
 
-    monkeypatch.setattr(masks, "_captured", lambda x: True)
+    monkeypatch.setattr(functions, "_captured", lambda x: True)
     assert batched(MODELS["llama"], PROMPTS[:4]) == eager(MODELS["llama"], PROMPTS[:4])
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match=r"CUDA graph.*cu_seq_lens_q"):

@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import masking_utils as hf
 
 import hf_attn_patch  # noqa: F401
-from hf_attn_patch import mask_forms, sinks
-from hf_attn_patch.entry import fa2_mask, swa_mask
-from hf_attn_patch.mask_forms import Visible
-from hf_attn_patch.patterns import MaskRequest, Pattern, read_pattern
-from hf_attn_patch.swa_settings import SwaSettings, store
+from hf_attn_patch.masking import formats, sinks
+from hf_attn_patch.masking.formats import Visible
+from hf_attn_patch.masking.patterns import MaskRequest, Pattern, read_pattern
+from hf_attn_patch.registration.functions import fa2_mask, swa_mask
+from hf_attn_patch.swa_config import SwaSettings, store
 
 LLAMA = transformers.LlamaConfig(**LLAMA_LIKE)
 MISTRAL = transformers.MistralConfig(**LLAMA_LIKE | {"sliding_window": 3})
@@ -84,7 +84,7 @@ def test_packed_is_recognised() -> None:
 
 def visible_to(mask: Tensor | None, keys: int, queries: int, window: int | None) -> Tensor:
     """``[B, Q, K]``: what a causal layer sees given a mask in one of the forms, spelled out."""
-    found = mask_forms.read(mask, keys)
+    found = formats.read(mask, keys)
     i = torch.arange(queries)[:, None] + found.keys - queries
     j = torch.arange(found.keys)[None, :]
     seen = torch.ones(1, queries, found.keys, dtype=torch.bool)
@@ -149,7 +149,7 @@ def test_forms_mean_what_transformers_means(
     seen = visible_to(ours, keys, queries, 3 if pattern == "window" else None)
     assert torch.equal(seen.expand(2, -1, -1), theirs[:, 0])
     if rows is None or padding == "all_kept":
-        assert mask_forms.read(ours, keys).padding is None, "no mask work without padding"
+        assert formats.read(ours, keys).padding is None, "no mask work without padding"
     assert ours is None or ours.dim() == 2, "no dense mask"
     again = fa2_mask(2, queries, keys, config=MISTRAL, **request | {"attention_mask": ours})
     assert torch.equal(visible_to(again, keys, queries, 3 if pattern == "window" else None), seen)
@@ -190,10 +190,10 @@ def test_encoder_padding_is_the_same_for_all_queries() -> None:
     request = BIDIRECTIONAL | {"mask_function": hf.bidirectional_mask_function, "config": LLAMA}
     ours = fa2_mask(2, 3, 3, attention_mask=mask, **request)
     assert ours is not None and ours.shape == (2, 1, 1, 3)
-    assert not mask_forms.read(ours, 3).banded
+    assert not formats.read(ours, 3).banded
     whole = fa2_mask(2, 3, 3, attention_mask=torch.ones_like(mask), **request)
     # Llama's layers would be causal if nothing else were said
-    assert mask_forms.read(whole, 3) == Visible(keys=3, banded=False)
+    assert formats.read(whole, 3) == Visible(keys=3, banded=False)
     encoder = request | {"config": transformers.ModernBertConfig()}
     assert fa2_mask(2, 3, 3, attention_mask=torch.ones_like(mask), **encoder) is None
 
@@ -201,7 +201,7 @@ def test_encoder_padding_is_the_same_for_all_queries() -> None:
 def test_a_decoder_made_bidirectional_does_not_fall_back_to_causal() -> None:
     config = transformers.LlamaConfig(**LLAMA_LIKE, is_causal=False)
     request = BIDIRECTIONAL | {"mask_function": hf.bidirectional_mask_function, "config": config}
-    found = mask_forms.read(fa2_mask(2, 3, 3, **request), 3)
+    found = formats.read(fa2_mask(2, 3, 3, **request), 3)
     assert found == Visible(keys=3, banded=False)
 
 
@@ -220,8 +220,8 @@ def test_bidirectional_windows() -> None:
 
 def test_packed_form() -> None:
     ids = torch.tensor([[0, 0, 0, 1, 1], [0, 1, 1, 1, 1]])
-    form = mask_forms.packed(ids)
-    found = mask_forms.read(form, 5)
+    form = formats.packed(ids)
+    found = formats.read(form, 5)
     assert found.offsets is not None
     assert found.offsets.tolist() == [0, 3, 5, 6, 10]
     assert (found.longest, found.banded) == (4, True)
@@ -239,7 +239,7 @@ def test_packed_form() -> None:
 )
 def test_unreadable_masks(mask: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        mask_forms.read(mask, 3)
+        formats.read(mask, 3)
 
 
 # --- windows given by configure_swa ---------------------------------------------------------------

@@ -25,10 +25,11 @@ from tiny_models import (
 from torch import Tensor, nn
 
 import hf_attn_patch
-from hf_attn_patch import PagedCache, Rejected, check, mla
+from hf_attn_patch import PagedCache, Rejected, check
+from hf_attn_patch.attention import mla
 from hf_attn_patch.bench import mla as bench
 from hf_attn_patch.bench.rows import read_rows
-from hf_attn_patch.models import mla as adapter
+from hf_attn_patch.transformers_compat import latent_layers as adapter
 
 # -- the cost rule --------------------------------------------------------------------------------
 

@@ -22,8 +22,9 @@ from tiny_models import (
 )
 from torch import Tensor, nn
 
-from hf_attn_patch import PagedCache, mla
-from hf_attn_patch.models import mla as adapter
+from hf_attn_patch import PagedCache
+from hf_attn_patch.attention import mla
+from hf_attn_patch.transformers_compat import latent_layers as adapter
 
 # -- eager's answers ------------------------------------------------------------------------------
 

@@ -162,19 +162,19 @@ def test_negative_control_a_shifted_mask_is_seen(
 ) -> None:
     """The comparison of this file must fail when the attention is wrong by one key, or, on the
     straight way of plain calls, not causal."""
-    from hf_attn_patch import forward
+    from hf_attn_patch.attention import dense
 
-    right, plain = forward._band, forward.plain_attention
+    right, plain = dense._band, dense.plain_attention
 
     def open_plain(*args: Any, causal: bool, **options: Any) -> Any:
         return plain(*args, causal=False, **options)
 
-    def shifted(call: forward.Call) -> dict[str, object]:
+    def shifted(call: dense.Call) -> dict[str, object]:
         band = right(call)
         return band | {"causal": False, "window_size": (band["window_size"][0], 1)}
 
-    monkeypatch.setattr(forward, "_band", shifted)
-    monkeypatch.setattr(forward, "plain_attention", open_plain)
+    monkeypatch.setattr(dense, "_band", shifted)
+    monkeypatch.setattr(dense, "plain_attention", open_plain)
     inputs = inputs_for(spec, {"input_ids": tokens(2, 13)})
     if spec.kind == "seq2seq":  # the decoder's mask is dense there: hide one key in the encoder
         inputs["attention_mask"] = torch.ones(2, 13, dtype=torch.long)

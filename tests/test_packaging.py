@@ -106,7 +106,7 @@ RULES = (
     ImportRule(part="hf_attn_patch/cli", lazily=OURS - {"hf_attn_patch"} | {"torch", "triton"}),
     # the encoder classes that converted folders carry are theirs
     ImportRule(
-        part="hf_attn_patch/models/encoders.py",
+        part="hf_attn_patch/registration/auto_classes.py",
         never=frozenset({"triton"}),
         lazily=frozenset({"hf_attn_converters"}),
     ),

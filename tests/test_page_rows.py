@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_attn_patch.cache.history import page_keys
-from hf_attn_patch.cache.pool import NOBODYS, OutOfPagesError, PagePool
-from hf_attn_patch.cache.rows import ROLLBACK, Rows
+from hf_attn_patch.cache.block_pool import NOBODYS, OutOfPagesError, PagePool
+from hf_attn_patch.cache.block_table import GONE, PageTables
+from hf_attn_patch.cache.prefix import page_keys
+from hf_attn_patch.cache.sequences import ROLLBACK, Rows
 from hf_attn_patch.cache.stats import filled
-from hf_attn_patch.cache.tables import GONE, PageTables
 
 PAGE = 4
 RUBBISH = -7

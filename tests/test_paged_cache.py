@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from hf_attn_patch import PagedCache, configure_swa
-from hf_attn_patch.cache.pool import OutOfPagesError
+from hf_attn_patch.cache.block_pool import OutOfPagesError
 
 NAME = "triton_paged_flash2"
 BY_ID = {spec.id: spec for spec in EVERY}

@@ -18,9 +18,9 @@ from tiny_models import EVERY, TinyModel, build, padded, tokens
 from torch import Tensor
 
 from hf_attn_patch import PagedCache, configure_swa
-from hf_attn_patch.cache.layer import PagedLayer
-from hf_attn_patch.cache.pool import PagePool
-from hf_attn_patch.cache.rows import Rows
+from hf_attn_patch.cache.block_pool import PagePool
+from hf_attn_patch.cache.page_storage import PagedLayer
+from hf_attn_patch.cache.sequences import Rows
 from hf_attn_patch.cache.step import DeviceTable
 
 SPECS = {spec.id: spec for spec in EVERY}

@@ -19,8 +19,8 @@ from hf_attn_converters.heads.plan import plan_conversion
 from hf_attn_converters.precision import WideProducts, products, slow_note
 from hf_attn_converters.uptrain import UptrainOptions
 from hf_attn_converters.uptrain.run import with_precision
+from hf_attn_patch import loading
 from hf_attn_patch.bench import options as bench_options
-from hf_attn_patch.compare import models
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -202,13 +202,13 @@ class TestLoading:
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         answer(monkeypatch, fast)
-        models._warn_once.cache_clear()
+        loading._warn_once.cache_clear()
         folder = tiny_checkpoint(tmp_path / "half", kv_heads=2, dtype=torch.bfloat16)
-        spec = models.ModelSpec(path=str(folder))
+        spec = loading.ModelSpec(path=str(folder))
         with caplog.at_level(logging.WARNING):
             for _ in range(2):
-                models.load(spec, device="cpu")
-            models.load(spec, device="cpu", dtype="float32")
+                loading.load(spec, device="cpu")
+            loading.load(spec, device="cpu", dtype="float32")
         lines = [r.getMessage() for r in caplog.records if "slow" in r.getMessage()]
         assert len(lines) == (not fast)
         assert all("bfloat16" in line and "--dtype float32" in line for line in lines)

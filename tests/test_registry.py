@@ -14,8 +14,9 @@ import transformers
 from tiny_models import EVERY, LLAMA_LIKE, build, logits, tokens
 
 import hf_attn_patch
-from hf_attn_patch import Accepted, Rejected, check, entry
-from hf_attn_patch.requirements import DeviceRequirement
+from hf_attn_patch import Accepted, Rejected, check
+from hf_attn_patch.capabilities import DeviceRequirement
+from hf_attn_patch.registration import functions
 
 NAMES = ("triton_fa2", "triton_swa", "triton_paged_flash2", "triton_mla")
 LLAMA = next(spec for spec in EVERY if spec.id == "llama")
@@ -28,7 +29,7 @@ def registered_again() -> Iterator[None]:
 
 
 def tables() -> list[dict[str, Any]]:
-    return [table for _, table in entry.interfaces()]
+    return [table for _, table in functions.interfaces()]
 
 
 def tiny_llama(**options: Any) -> Any:
@@ -96,9 +97,9 @@ def test_a_paged_name_of_somebody_else_is_not_overwritten(
 ) -> None:
     key = "triton_paged_flash2"
     if where == "paged prefix":
-        if not entry.batching_prefix():
+        if not functions.batching_prefix():
             pytest.skip("this transformers has no prefix")
-        key = entry.batching_prefix() + key
+        key = functions.batching_prefix() + key
     hf_attn_patch.unregister()
     tables()[0][key] = test_unknown_name
     try:
@@ -111,9 +112,9 @@ def test_a_paged_name_of_somebody_else_is_not_overwritten(
 
 def test_the_prefixed_name_comes_and_goes(registered_again: None) -> None:
     """Up to transformers 5.18 continuous batching asks for it, and for no mask of that name."""
-    prefixed = entry.batching_prefix() + "triton_paged_flash2"
+    prefixed = functions.batching_prefix() + "triton_paged_flash2"
     assert prefixed in tables()[0]
-    assert (prefixed in tables()[1]) == (not entry.batching_prefix())
+    assert (prefixed in tables()[1]) == (not functions.batching_prefix())
     hf_attn_patch.unregister(["triton_paged_flash2"])
     assert not any("triton_paged_flash2" in key for table in tables() for key in table)
 
@@ -214,13 +215,13 @@ def test_check_a_model_a_config_and_a_folder(tmp_path: Any) -> None:
 
 
 def test_check_says_which_backend_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from hf_attn_patch import requirements
+    from hf_attn_patch import capabilities
 
     found = {"triton": object()}
-    monkeypatch.setattr(requirements.importlib.util, "find_spec", found.get)
-    monkeypatch.setattr(requirements, "_installed", lambda package: "3.6.0")
+    monkeypatch.setattr(capabilities.importlib.util, "find_spec", found.get)
+    monkeypatch.setattr(capabilities, "_installed", lambda package: "3.6.0")
     assert check(transformers.LlamaConfig(), "cuda:1").to_dict()["backend"] == "triton"
-    monkeypatch.setattr(requirements, "_installed", lambda package: "3.5.1+git1234")
+    monkeypatch.setattr(capabilities, "_installed", lambda package: "3.5.1+git1234")
     old = check(transformers.LlamaConfig(), "cuda")
     assert isinstance(old, Rejected) and "triton>=3.6; 3.5.1+git1234 is installed" in old.reason
     found.clear()
@@ -269,7 +270,7 @@ ORDERS = {
     "ours_then_a_reload": "import hf_attn_patch, importlib; importlib.reload(hf_attn_patch); "
     "import transformers.modeling_utils; importlib.reload(hf_attn_patch)",
     "transformers_first": "import transformers.modeling_utils; import hf_attn_patch",
-    "a_submodule_first": "import hf_attn_patch.forward; hf_attn_patch.register()",
+    "a_submodule_first": "import hf_attn_patch.attention.dense; hf_attn_patch.register()",
 }
 
 
@@ -296,7 +297,7 @@ def test_unknown_attribute() -> None:
 
 
 def test_continuous_batching_cache_is_refused() -> None:
-    from hf_attn_patch.entry import fa2_forward
+    from hf_attn_patch.registration.functions import fa2_forward
 
     module = build(LLAMA, "triton_fa2").model.layers[0].self_attn
     q = torch.randn(1, 4, 3, 16)

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 import hf_attn_patch
-from hf_attn_patch import mask_forms
-from hf_attn_patch.compat import Traits, traits
-from hf_attn_patch.entry import fa2_mask
-from hf_attn_patch.mask_forms import Visible
+from hf_attn_patch.masking import formats
+from hf_attn_patch.masking.formats import Visible
+from hf_attn_patch.registration.functions import fa2_mask
+from hf_attn_patch.transformers_compat.compat import Traits, traits
 
 LLAMA = EVERY[0]
 AIMV2 = transformers.Aimv2TextConfig(
@@ -60,11 +60,11 @@ def test_causal_masks_over_layers_that_call_themselves_bidirectional(
 
 def test_the_stated_form() -> None:
     padding = torch.tensor([[True, True, False], [True, True, True]])
-    form = mask_forms.stated(padding)
-    assert form.dtype == mask_forms.STATED
-    assert torch.equal(mask_forms.unstated(form), padding)  # type: ignore[arg-type]
-    whole = mask_forms.stated(mask_forms.first_keys(2, 3, "cpu"))
-    assert mask_forms.read(mask_forms.unstated(whole), 3) == Visible(keys=3, banded=True)
+    form = formats.stated(padding)
+    assert form.dtype == formats.STATED
+    assert torch.equal(formats.unstated(form), padding)  # type: ignore[arg-type]
+    whole = formats.stated(formats.first_keys(2, 3, "cpu"))
+    assert formats.read(formats.unstated(whole), 3) == Visible(keys=3, banded=True)
     # which layer may need it: one that can be told not to be causal
     for name in ("llama", "bart"):
         __import__(f"transformers.models.{name}.modeling_{name}")
@@ -72,7 +72,7 @@ def test_the_stated_form() -> None:
     assert traits(transformers.BartConfig()).may_not_be_causal
     assert fa2_mask(2, 3, 3, config=transformers.LlamaConfig()) is None
     bart = fa2_mask(2, 3, 3, config=transformers.BartConfig())
-    assert bart is not None and bart.dtype == mask_forms.STATED
+    assert bart is not None and bart.dtype == formats.STATED
     assert fa2_mask(2, 1, 3, q_offset=2, config=transformers.BartConfig()) is None  # one query
 
 

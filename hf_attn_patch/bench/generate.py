@@ -64,7 +64,7 @@ def generate(impl: str, work: Workload) -> Sample:
     import torch
     from transformers import GenerationConfig
 
-    from hf_attn_patch.compat import batching_config
+    from hf_attn_patch.transformers_compat.compat import batching_config
 
     torch.set_num_threads(work.threads)
     model = load(work.checkpoint, impl, work.dtype, work.device)

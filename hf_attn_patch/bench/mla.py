@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import implementation_of
-from ..models import mla as adapter
+from ..transformers_compat import latent_layers as adapter
+from ..transformers_compat.compat import implementation_of
 from .gate import ROUNDING_BAND
 from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
 

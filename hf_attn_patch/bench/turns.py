@@ -226,9 +226,9 @@ def fill(cache: Any, kv: list[tuple[Tensor, Tensor]], batch: int, tokens: int) -
     They are the model's own for a short text, repeated; each row begins elsewhere. With random ones
     a model is far from anything it was made for, and every rounding grows.
     """
-    from hf_attn_patch import paged
-    from hf_attn_patch.cache.layer import layer_of
-    from hf_attn_patch.forward import Call
+    from hf_attn_patch.attention import paged
+    from hf_attn_patch.attention.dense import Call
+    from hf_attn_patch.cache.page_storage import layer_of
 
     for number, known in enumerate(kv):
         device, period = known[0].device, known[0].shape[1]

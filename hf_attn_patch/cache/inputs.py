@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..compat import Cache
+from ..transformers_compat.compat import Cache
 
 if TYPE_CHECKING:
     from .paged import PagedCache

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from ..compat import PretrainedConfig
+from ..transformers_compat.compat import PretrainedConfig
 
 SAMPLE = 128  # numbers of a weight that are looked at; smaller ones are looked at as a whole
 # whose hooks leave keys as they are, or leave a trace in what is read here

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import Cache, PreTrainedModel, implementation_of
-from ..models import mla
-from ..swa_settings import OWN_WINDOWS, required
+from ..swa_config import OWN_WINDOWS, required
+from ..transformers_compat import latent_layers
+from ..transformers_compat.compat import Cache, PreTrainedModel, implementation_of
 from . import inputs, model_state
+from .block_pool import OutOfPagesError
 from .inputs import ForwardInputs, real_tokens
-from .layer import PagedLayer, check_reader
 from .model_state import ModelState
-from .pool import OutOfPagesError
+from .page_storage import PagedLayer, check_reader
 from .rolling import layer_windows
-from .rows import Rows, Window
+from .sequences import Rows, Window
 from .stats import CacheStats, filled, percent
 from .step import DeviceTable, Step
 
@@ -71,8 +71,8 @@ class PagedCache(Cache):
             raise ValueError(f"max_bytes must be positive or None, got {max_bytes!r}")
         self.config = model.config.get_text_config(decoder=True)
         check_reader(self.config)
-        if implementation_of(self.config) == mla.NAME:  # set after loading, maybe
-            mla.prepare(model)
+        if implementation_of(self.config) == latent_layers.NAME:  # set after loading, maybe
+            latent_layers.prepare(model)
         triton_swa = implementation_of(self.config) == "triton_swa"
         settings = required(self.config) if triton_swa else OWN_WINDOWS
         windows = layer_windows(self.config, settings)

@@ -2,7 +2,7 @@
 
 What a layer holds is ``[S sinks | everything from column `start` on]``; S is 0 until something has
 been dropped. The tail ends at the last token, so causality and windows, aligned to the bottom
-right, need no change; the mask is gathered in the same order by :mod:`..sinks`.
+right, need no change; the mask is gathered in the same order by :mod:`..masking.sinks`.
 
 The tail exceeds the window by `slack` to 2 `slack` tokens: dropping copies the window, and so
 happens once in `slack` steps, and assisted generation can take back what was not accepted.
@@ -15,9 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, implementation_of
-from ..sinks import RowStarts, ask, head_slots
-from ..swa_settings import SwaSettings, required
+from ..masking.sinks import RowStarts, ask, head_slots
+from ..swa_config import SwaSettings, required
+from ..transformers_compat.compat import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    implementation_of,
+)
 
 SLACK = 64
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .tables import GONE, PageTables
+from .block_table import GONE, PageTables
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .pool import NOBODYS
-from .tables import Changes, PageTables
+from .block_pool import NOBODYS
+from .block_table import Changes, PageTables
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def generate_all(
     from transformers import GenerationConfig
 
     from hf_attn_patch.compare.generation import encode_prompt
-    from hf_attn_patch.compat import batching_config
+    from hf_attn_patch.transformers_compat.compat import batching_config
 
     ids = [
         encode_prompt(loaded.tokenizer, prompt, chat)["input_ids"][0].tolist() for prompt in prompts

@@ -27,7 +27,7 @@ def check_command(
     from hf_attn_kernels import build_cpu_extension
     from hf_attn_kernels.cpu import extension
     from hf_attn_patch import check, list_implementations
-    from hf_attn_patch.compare.models import best_device
+    from hf_attn_patch.loading import best_device
 
     known = {impl.name: impl for impl in list_implementations()}
     names = attn or list(known)

@@ -74,7 +74,7 @@ def generate_command(
     if batch is None and pages is not None:
         raise ValueError("--pages belongs to --batch")
 
-    from hf_attn_patch.compare.models import ModelSpec, load
+    from hf_attn_patch.loading import ModelSpec, load
 
     spec = ModelSpec(path=model, implementation=attn, window=window, sinks=sinks)
     head = {"model": model, "implementation": attn, "window": window, "sinks": sinks}

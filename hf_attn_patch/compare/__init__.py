@@ -6,7 +6,7 @@
 >>> result.quality[1].kl_mean                                          # doctest: +SKIP
 """
 
-from .models import ModelSpec, parse_spec
+from ..loading import ModelSpec, parse_spec
 from .options import CompareOptions, Comparison
 from .report import markdown, table
 from .run import compare

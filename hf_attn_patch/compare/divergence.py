@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..loading import LoadedModel
 from .intervals import Interval, block_mean, blocks_of, bootstrap
-from .models import LoadedModel
 from .text import Window
 
 ROWS = 128  # token rows whose [ROWS, V] distributions are held in float32 at a time

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loading import LoadedModel
 from .intervals import Interval, bootstrap
-from .models import LoadedModel
 
 BATCH = 16
 LENGTH = 128  # tokens of a row or a sentence

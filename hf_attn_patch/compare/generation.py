@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .models import LoadedModel
+from ..loading import LoadedModel
 from .overlap import Overlap, overlap, repetition
 
 

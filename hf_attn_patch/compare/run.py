@@ -12,10 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .divergence import measure_quality
-from .encoders import EncoderQuality, measure_encoders
-from .generation import Generation, measure_generation
-from .models import (
+from ..loading import (
     Kind,
     LoadedModel,
     ModelSpec,
@@ -25,6 +22,9 @@ from .models import (
     load,
     parse_spec,
 )
+from .divergence import measure_quality
+from .encoders import EncoderQuality, measure_encoders
+from .generation import Generation, measure_generation
 from .options import CompareOptions, Comparison
 from .records import read_record
 from .speed import Speed, measure_speed

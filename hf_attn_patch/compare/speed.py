@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loading import LoadedModel
 from .memory import PeakMemory
-from .models import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)

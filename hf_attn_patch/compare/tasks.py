@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .models import LoadedModel
+from ..loading import LoadedModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .models import LoadedModel
+from ..loading import LoadedModel
 
 NAMED = 3
 

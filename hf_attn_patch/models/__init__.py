@@ -1,7 +1,8 @@
 """Families that transformers does not route through its attention interface, and what we do.
 
 ``ADAPTERS`` are served by code of ours; everything else that ignores the interface is refused at
-load by :mod:`..guard`, with a hint from ``INSTEAD`` where there is a better one than the default.
+load by :mod:`..registration.model_check`, with a hint from ``INSTEAD`` where there is a better one
+than the default.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def _positions_of_documents(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook: cu_seq_lens_q of a row becomes position_ids that start over."""
     from .. import packing
-    from ..compat import implementation_of
+    from ..transformers_compat.compat import implementation_of
 
     offsets = kwargs.get("cu_seq_lens_q")
     attention_class = _classes().get(str(implementation_of(model.config)))
@@ -96,7 +96,7 @@ CLASS_OF = "FalconAttention_"  # and the implementation's name: one class each
 
 def __getattr__(attribute: str) -> Any:
     """The attention classes, made when asked for: a pickled model asks for them by name."""
-    from ..entry import interfaces
+    from ..registration.functions import interfaces
 
     (_, attentions), _ = interfaces()
     name = attribute.removeprefix(CLASS_OF)
@@ -111,8 +111,8 @@ def _attention_class(name: str) -> type:
     from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
     from .. import packing
-    from ..forward import Call, documents_of, run
-    from ..swa_settings import OWN_WINDOWS, required
+    from ..attention.dense import Call, documents_of, run
+    from ..swa_config import OWN_WINDOWS, required
     from ..weights import attention_weights
 
     class HfAttnFalconAttention(FalconAttention):

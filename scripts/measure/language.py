@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hf_attn_patch.compare.divergence import measure_quality
-from hf_attn_patch.compare.models import load, parse_spec
 from hf_attn_patch.compare.text import Window
+from hf_attn_patch.loading import load, parse_spec
 
 from .scores import Progress, Scores
 from .texts import word_start

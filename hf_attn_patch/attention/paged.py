@@ -1,6 +1,6 @@
 """Attention over a PagedCache: the new keys go into their pages, the queries read pages in place.
 
-Shape letters as in :mod:`.cache.layer`.
+Shape letters as in :mod:`..cache.page_storage`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hf_attn_kernels import flash_attn_with_kvcache
 
-from . import mask_forms
-from .cache.layer import PagedLayer
-from .cache.step import DeviceTable, Step
+from ..cache.page_storage import PagedLayer
+from ..cache.step import DeviceTable, Step
+from ..masking import formats
 
 if TYPE_CHECKING:
-    from .forward import Call
+    from .dense import Call
 
 INSTEAD = "use transformers' DynamicCache"
 
@@ -73,7 +73,7 @@ def begin(call: Call, layer: PagedLayer) -> tuple[Step, DeviceTable]:
         ValueError: a mask or a feature that pages cannot serve.
     """
     cache, (batch, _, new, _) = layer.cache, call.query.shape
-    visible = mask_forms.read(call.mask, layer.length + new)
+    visible = formats.read(call.mask, layer.length + new)
     _check(call, layer, visible)
     return cache.enter(layer, batch, new, visible.padding), cache.on_device[layer.window]
 
@@ -101,7 +101,7 @@ def columns(
     return found[0], found[1], place >= 0 if padded else None
 
 
-def _check(call: Call, layer: PagedLayer, visible: mask_forms.Visible) -> None:
+def _check(call: Call, layer: PagedLayer, visible: formats.Visible) -> None:
     kind = layer.cache.config.model_type
     wrong = None
     if not call.causal or not visible.banded or visible.dense is not None:

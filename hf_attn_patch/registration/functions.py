@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from .swa_settings import SwaSettings
+    from ..swa_config import SwaSettings
 
 
 class _Behind(NamedTuple):
@@ -30,9 +30,9 @@ _behind: _Behind | None = None
 
 def _open() -> _Behind:
     global _behind
-    from .forward import attend
-    from .masks import answer
-    from .swa_settings import OWN_WINDOWS
+    from ..attention.dense import attend
+    from ..masking.functions import answer
+    from ..swa_config import OWN_WINDOWS
 
     _behind = _Behind(attend, answer, OWN_WINDOWS)
     return _behind
@@ -67,7 +67,7 @@ def paged_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """``triton_paged_flash2``: as ``triton_fa2``, and continuous batching where a `cache` comes."""
     if cache is not None:
-        from .continuous import attend_pages
+        from ..attention.continuous import attend_pages
 
         return attend_pages(module, query, key, value, cache, **kwargs), None
     behind = _behind or _open()
@@ -90,7 +90,7 @@ def swa_forward(
     Raises:
         ValueError: neither configure_swa nor the model's config gives a window.
     """
-    from .swa_settings import required
+    from ..swa_config import required
 
     behind = _behind or _open()
     settings = required(getattr(module, "config", None))
@@ -113,7 +113,7 @@ def mla_forward(
     Raises:
         ValueError: a layer without latents, or whose expanding weights are not plain.
     """
-    from .mla import attend
+    from ..attention.mla import attend
 
     return attend(module, query, key, value, attention_mask, **kwargs)
 
@@ -143,7 +143,7 @@ def mla_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> T
 
 def swa_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> Tensor | None:
     """Mask for ``triton_swa``: the same, narrowed to the configured window and sinks."""
-    from .swa_settings import required
+    from ..swa_config import required
 
     behind = _behind or _open()
     settings = required(kwargs.get("config"))

@@ -19,11 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from hf_attn_kernels import mla_decode
 
-from . import compat, forward, keywords, mask_forms, packing, paged
-from .cache.layer import PagedLayer, layer_of
-from .forward import Call
-from .models import mla as adapter
-from .swa_settings import OWN_WINDOWS
+from .. import keywords, packing
+from ..cache.page_storage import PagedLayer, layer_of
+from ..masking import formats
+from ..swa_config import OWN_WINDOWS
+from ..transformers_compat import compat
+from ..transformers_compat import latent_layers as adapter
+from . import dense, paged
+from .dense import Call
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,13 @@ def attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function of ``triton_mla``; see :mod:`.entry`.
+    """Attention function of ``triton_mla``; see :mod:`..registration.functions`.
 
     Args:
         query: ``[B, H, Q, N + P]``.
         key, value: ``[B, 1, K, R]`` and ``[B, 1, K, P]`` from a layer that hands its latents over;
             else ``[B, H, K, N + P]`` and ``[B, H, K, V]``.
-        kwargs: as in :func:`.forward.attend`.
+        kwargs: as in :func:`.dense.attend`.
 
     A `kv_b_proj` that does more than to multiply by its weights (hooks, adapters, quantisation,
     a bias) is called for all keys instead, in decoding too.
@@ -79,7 +82,7 @@ def attend(
     layer = layer_of(key)
     if layer is not None:
         return _over_pages(module, weights, query, key, value, attention_mask, layer, kwargs), None
-    visible = mask_forms.read(attention_mask, key.shape[2])
+    visible = formats.read(attention_mask, key.shape[2])
     latent, rope = key[:, :, : visible.keys], value[:, :, : visible.keys]
     sizes = _sizes(module)
     wants_gradient = torch.is_grad_enabled() and any(
@@ -97,7 +100,7 @@ def attend(
     if padding is not None and padding.shape[0] != query.shape[0]:
         padding = padding.expand(query.shape[0], -1)
     out = _absorbed(
-        sizes, weights, query, *forward.one_dtype(latent[:, 0], rope[:, 0]),
+        sizes, weights, query, *dense.one_dtype(latent[:, 0], rope[:, 0]),
         softmax_scale=kwargs.get("scaling"), causal=visible.banded and _causal(module, kwargs),
         window_size=_window(kwargs) if visible.banded else (-1, -1), key_mask=padding,
     )  # fmt: skip
@@ -113,13 +116,13 @@ def _read(
     """
     beside = {name: value for name, value in kwargs.items() if name not in keywords.SERVED}
     keywords.refuse_unserved(adapter.NAME, beside)
-    if mask is not None and mask.dtype == mask_forms.STATED:
-        mask, kwargs = mask_forms.unstated(mask), kwargs | {"is_causal": True}
+    if mask is not None and mask.dtype == formats.STATED:
+        mask, kwargs = formats.unstated(mask), kwargs | {"is_causal": True}
     position_ids = kwargs.get("position_ids")
     if kwargs.get("cu_seq_lens_q") is None and packing.may_be_packed(
         position_ids, query.shape[0], query.shape[2]
     ):
-        told = forward.documents_of(position_ids, mask, query, key)
+        told = dense.documents_of(position_ids, mask, query, key)
         if told is not None:
             offsets, longest = told
             kwargs = kwargs | {
@@ -135,14 +138,14 @@ def _dense(
     module: nn.Module, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    return forward.attend(adapter.NAME, OWN_WINDOWS, module, query, keys, values, mask, **kwargs)
+    return dense.attend(adapter.NAME, OWN_WINDOWS, module, query, keys, values, mask, **kwargs)
 
 
 def _absorbed(
     sizes: Sizes, weights: Tensor, query: Tensor, latent: Tensor, rope: Tensor, **how: Any
 ) -> Tensor:
     """``[B, Q, H, V]`` of latents ``[B, K, R]`` and ``[B, K, P]``, or pages of them."""
-    query, weights = forward.one_dtype(query, weights)
+    query, weights = dense.one_dtype(query, weights)
     batch, heads, q_len, _ = query.shape
     weights = weights.view(heads, sizes.nope + sizes.value, sizes.rank)
     w_uk, w_uv = weights.split([sizes.nope, sizes.value], dim=1)  # [H, N, R], [H, V, R]
@@ -193,7 +196,7 @@ def _over_pages(
     )  # fmt: skip
 
 
-def _plain(visible: mask_forms.Visible, kwargs: dict[str, Any]) -> bool:
+def _plain(visible: formats.Visible, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for nothing that attention over latents lacks."""
     absent = ("s_aux", "position_bias", "cache", "cu_seq_lens_q", "indices")
     return (

@@ -12,9 +12,9 @@ from threading import local
 import torch
 from torch import Tensor
 
-from . import compat
+from ..swa_config import SwaSettings
+from ..transformers_compat import compat
 from .patterns import MaskRequest, Pattern
-from .swa_settings import SwaSettings
 
 
 def sink_columns(mask: Tensor, sinks: int) -> Tensor:

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
 from hf_attn_kernels.backends import plain_attention
 
-from . import compat, keywords, mask_forms, packing, paged
-from .cache.layer import layer_of
-from .swa_settings import SwaSettings
-from .weights import attention_weights
+from .. import keywords, packing
+from ..cache.page_storage import layer_of
+from ..masking import formats
+from ..swa_config import SwaSettings
+from ..transformers_compat import compat
+from ..weights import attention_weights
+from . import paged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +72,10 @@ def attend(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention function of the implementation `name`; see :mod:`.entry`.
+    """Attention function of the implementation `name`; see :mod:`..registration.functions`.
 
     Args:
-        position_ids: ``[1, Q]``, read only to tell packed sequences apart, see :mod:`.packing`.
+        position_ids: ``[1, Q]``, read only to tell packed sequences apart, see :mod:`..packing`.
         indices: ``[B, Q, n]``, the only keys that each query sees besides what the mask hides
             (DeepSeek's sparse attention); served by a dense mask.
         output_attentions: return the weights ``[B, Hq, Q, K]`` too; they cost a pass of their own.
@@ -88,8 +91,8 @@ def attend(
     if kwargs:
         keywords.refuse_unserved(name, kwargs)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if attention_mask is not None and attention_mask.dtype == mask_forms.STATED:
-        attention_mask, causal = mask_forms.unstated(attention_mask), True
+    if attention_mask is not None and attention_mask.dtype == formats.STATED:
+        attention_mask, causal = formats.unstated(attention_mask), True
     if indices is not None:
         attention_mask = _only(indices, attention_mask, key, bool(causal))
     window = sliding_window
@@ -148,7 +151,7 @@ def _only(indices: Tensor, mask: Tensor | None, key: Tensor, causal: bool) -> Te
     keys = key.shape[2]
     chosen = torch.zeros(batch, queries, keys, dtype=torch.bool, device=key.device)
     chosen = chosen.scatter(-1, indices.long(), True)[:, None]
-    visible = mask_forms.read(mask, keys)
+    visible = formats.read(mask, keys)
     if visible.dense is not None and visible.dense.is_floating_point():
         return visible.dense.masked_fill(~chosen, float("-inf"))
     if visible.dense is not None:
@@ -171,7 +174,7 @@ def documents_of(
     """What positions tell of packed sequences, where no mask says more."""
     assert position_ids is not None
     if mask is not None:
-        visible = mask_forms.read(mask, key.shape[2])
+        visible = formats.read(mask, key.shape[2])
         if not visible.banded or visible.padding is not None or visible.offsets is not None:
             return None
     keys = key.shape[2] if mask is None else visible.keys
@@ -196,7 +199,7 @@ def run(call: Call) -> Tensor:
 
 def _run_dense(call: Call) -> Tensor:
     """Over the keys of the call itself."""
-    visible = mask_forms.read(call.mask, call.key.shape[2])
+    visible = formats.read(call.mask, call.key.shape[2])
     # to the kernels' [B, S, H, D]
     q, k, v = (x.transpose(1, 2) for x in one_dtype(call.query, call.key, call.value))
     common: dict[str, Any] = {
@@ -224,7 +227,7 @@ def _run_dense(call: Call) -> Tensor:
     return out.contiguous()
 
 
-def _within_documents(call: Call, visible: mask_forms.Visible) -> mask_forms.Visible:
+def _within_documents(call: Call, visible: formats.Visible) -> formats.Visible:
     """Packed sequences, and a mask or a bias beside them: both apply, by a dense mask."""
     offsets_q, offsets_k = call.cu_seqlens_q, call.cu_seqlens_k
     if offsets_q is None:
@@ -252,7 +255,7 @@ def _band(call: Call) -> dict[str, Any]:
 
 def _run_packed(
     call: Call,
-    visible: mask_forms.Visible,
+    visible: formats.Visible,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -279,7 +282,7 @@ def _run_packed(
     return out.view(*q.shape[:-1], v.shape[-1])
 
 
-def _bias(call: Call, visible: mask_forms.Visible) -> Tensor | None:
+def _bias(call: Call, visible: formats.Visible) -> Tensor | None:
     bias = call.position_bias
     if bias is not None and bias.shape[-1] > visible.keys:
         bias = bias[..., : visible.keys]

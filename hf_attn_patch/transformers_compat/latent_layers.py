@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from ..compat import PreTrainedModel
+    from .compat import PreTrainedModel
 
 NAME = "triton_mla"
 INSTEAD = "load it with attn_implementation='triton_fa2'"
@@ -26,7 +26,7 @@ INSTEAD = "load it with attn_implementation='triton_fa2'"
 
 def refusal(model_class: type[PreTrainedModel]) -> tuple[str, str] | None:
     """(reason, fix) why a model class cannot take ``triton_mla``, None if it can."""
-    from ..compat import latent_attention
+    from .compat import latent_attention
 
     kind = latent_attention(model_class)
     if kind == "full":
@@ -93,7 +93,7 @@ def parameters(module: Any) -> Iterator[Tensor]:
 
 def expand_kv(self: Any, kv_nope: Tensor, k_rot: Tensor) -> tuple[Tensor, Tensor]:
     """Stands for a layer's own method: ``[B, 1, K, R]`` and ``[B, 1, K, P]`` stay as they are."""
-    from ..compat import implementation_of
+    from .compat import implementation_of
 
     if implementation_of(self.config) == NAME:
         return kv_nope, k_rot

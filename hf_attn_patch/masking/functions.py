@@ -1,6 +1,6 @@
 """The mask functions: transformers calls them once per forward pass, before any layer.
 
-They answer in the compact forms of :mod:`.mask_forms` wherever the pattern is one that the kernels
+They answer in the compact forms of :mod:`.formats` wherever the pattern is one that the kernels
 know, and build a dense mask only where it is not, saying so once.
 
 Trap worth knowing: generating with a static cache, transformers calls this twice and passes the
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compat, guard, mask_forms, sinks
-from .models import ADAPTERS
+from ..models import ADAPTERS
+from ..registration import model_check
+from ..swa_config import SwaSettings
+from ..transformers_compat import compat
+from . import formats, sinks
 from .patterns import MaskRequest, Pattern, read_pattern
-from .swa_settings import SwaSettings
 
 logger = compat.logging.get_logger(__name__)
 
@@ -40,7 +42,7 @@ def answer(
     config = request.config
     # in this order: to read a field of a config takes longer than to know its class
     if not compat.traits(config).interface and getattr(config, "model_type", "") not in ADAPTERS:
-        guard.refuse_config(config, name)
+        model_check.refuse_config(config, name)
     if settings.sinks:
         sinks.tell(request, _reach(request))
     return build(request, settings)
@@ -75,12 +77,12 @@ def build(request: MaskRequest, settings: SwaSettings) -> Tensor | None:
         return _dense(request, settings, None)
     if pattern.packed is not None:
         if _captured(pattern.packed):
-            return mask_forms.uncounted(request.device)
+            return formats.uncounted(request.device)
         if torch.compiler.is_compiling() or not (
             _takes_compact(request, pattern) and _layers_agree(request, pattern)
         ):
             return _dense(request, settings, pattern)
-        return mask_forms.packed(pattern.packed)
+        return formats.packed(pattern.packed)
     if pattern.causal:
         return _causal(request, settings, pattern)
     return _bidirectional(request, settings, pattern)
@@ -130,8 +132,8 @@ def _causal(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor |
         plain = padding is None and reach == r.kv_length and pattern.window is None
         return None if plain and agreed and not rolled else _dense(r, settings, pattern)
     if padding is None and (reach < r.kv_length or not agreed):
-        padding = mask_forms.first_keys(r.batch_size, reach, r.device)
-    return padding if agreed or padding is None else mask_forms.stated(padding)
+        padding = formats.first_keys(r.batch_size, reach, r.device)
+    return padding if agreed or padding is None else formats.stated(padding)
 
 
 def _bidirectional(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor | None:
@@ -152,10 +154,10 @@ def _bidirectional(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> T
             return _dense(r, settings, pattern)
         return padding
     if padding is not None:
-        return mask_forms.same_for_all_queries(padding)
+        return formats.same_for_all_queries(padding)
     if causal_layers:
-        everything = mask_forms.first_keys(r.batch_size, r.kv_length, r.device)
-        return mask_forms.same_for_all_queries(everything)
+        everything = formats.first_keys(r.batch_size, r.kv_length, r.device)
+        return formats.same_for_all_queries(everything)
     return None
 
 

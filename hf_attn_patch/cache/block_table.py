@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from .pool import PagePool
+from .block_pool import PagePool
 
 GONE = -1
 

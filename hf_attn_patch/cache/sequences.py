@@ -1,6 +1,6 @@
 """The rows of a batch in all kinds of layers: what they hold, share and have in common with before.
 
-Numbers only, no memory: whoever holds the memory carries out the :class:`.tables.Changes`.
+Numbers only, no memory: whoever holds the memory carries out the :class:`.block_table.Changes`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from .history import History
-from .pool import OutOfPagesError, PagePool
-from .tables import Changes, PageTables
+from .block_pool import OutOfPagesError, PagePool
+from .block_table import Changes, PageTables
+from .prefix import History
 
 # tokens behind a window that stay, so that assisted generation can take back its guesses
 ROLLBACK = 64
@@ -44,7 +44,7 @@ class Rows:
         self.asked = self.found = 0
 
     def begin(self, count: int, seed: bytes | None = b"") -> None:
-        """Empty rows in the place of all others; `seed` as in :func:`.history.page_keys`."""
+        """Empty rows in the place of all others; `seed` as in :func:`.prefix.page_keys`."""
         self.clear()
         self.tokens = [0] * count
         self.history.clear(count, seed)
@@ -104,7 +104,7 @@ class Rows:
     ) -> dict[Window, Changes]:
         """``new[r]`` more tokens in row r; `ids` ``[B, width]`` ends with them, if it is known.
 
-        `positions` as in :meth:`.history.History.add`.
+        `positions` as in :meth:`.prefix.History.add`.
 
         Raises OutOfPagesError, nothing changed.
         """

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import compat
+from ..transformers_compat import compat
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import flash_names
+from .transformers_compat import flash_names
 
 MODELLING = "transformers.modeling_utils"
 
@@ -35,13 +35,13 @@ def _register_implementations() -> None:
 
 
 def _register_configurations() -> None:
-    from .models.encoders import register_configurations
+    from .registration.auto_classes import register_configurations
 
     register_configurations()
 
 
 def _register_models() -> None:
-    from .models.encoders import register_models
+    from .registration.auto_classes import register_models
 
     register_models()
 

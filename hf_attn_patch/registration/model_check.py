@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.utils.hooks import RemovableHandle
 
-    from .compat import PreTrainedModel
+    from ..transformers_compat.compat import PreTrainedModel
 
 _names: frozenset[str] = frozenset()
 _handle: RemovableHandle | None = None
@@ -33,7 +33,7 @@ def install(names: frozenset[str]) -> None:
 def remove() -> None:
     """Stop watching and take the names out of the families that were adapted."""
     global _names, _handle
-    from .models import ADAPTERS
+    from ..models import ADAPTERS
 
     for adapter in ADAPTERS.values():
         for name in _names:
@@ -50,7 +50,8 @@ def refusal(
 
     Speaks of the class itself; the models inside it are asked for when they are built.
     """
-    from .models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD, mla
+    from ..models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
+    from ..transformers_compat import latent_layers
 
     adapter = ADAPTERS.get(model_type)
     if adapter is None:
@@ -58,7 +59,7 @@ def refusal(
     else:
         refused = adapter.unfit.get(name)
     if refused is None:
-        return mla.refusal(model_class) if name == mla.NAME else None
+        return latent_layers.refusal(model_class) if name == latent_layers.NAME else None
     reason, fix = refused if isinstance(refused, tuple) else (refused, None)
     return reason, fix or INSTEAD.get(model_type, DEFAULT_INSTEAD)
 
@@ -67,8 +68,9 @@ def _code_refuses(
     model_class: type[PreTrainedModel], model_type: str, name: str
 ) -> str | tuple[str, str] | None:
     """What in a model's code stands against an implementation: a reason, maybe with its fix."""
-    from . import compat, keywords
-    from .model_code import model_code
+    from .. import keywords
+    from ..model_code import model_code
+    from ..transformers_compat import compat
 
     code = model_code(model_class)
     for table in code.tables:
@@ -98,7 +100,7 @@ def _code_refuses(
 def refuse_config(config: Any, name: str) -> None:
     """Raises for a config whose model never calls the attention function: a model whose
     implementation was changed after it was built."""
-    from .models import DEFAULT_INSTEAD, INSTEAD
+    from ..models import DEFAULT_INSTEAD, INSTEAD
 
     model_type = getattr(config, "model_type", "")
     raise ValueError(
@@ -113,9 +115,9 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     config = module.__dict__.get("config")
     if config is None or getattr(config, "_attn_implementation", None) not in _names:
         return
-    from . import compat
-    from .model_code import model_code
-    from .models import ADAPTERS, mla
+    from ..model_code import model_code
+    from ..models import ADAPTERS
+    from ..transformers_compat import compat, latent_layers
 
     if not isinstance(module, compat.PreTrainedModel):
         return
@@ -142,5 +144,5 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
         flash = next((name for name in sorted(_names) if "flash" in name), wanted)
         if "flash" not in wanted and model_code(type(module)).packs_for_flash:
             config._attn_implementation = flash  # the same attention by the other name
-    if wanted == mla.NAME and submodule is not None:
-        mla.prepare(submodule)
+    if wanted == latent_layers.NAME and submodule is not None:
+        latent_layers.prepare(submodule)

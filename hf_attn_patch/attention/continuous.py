@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from hf_attn_kernels import flash_attn_varlen_func, flash_attn_with_kvcache
 
-from . import batching_tables, keywords
-from .batching_cache import LayerPages, layer_pages, windowed_keys
+from .. import keywords
+from ..transformers_compat.continuous_cache import LayerPages, layer_pages, windowed_keys
+from . import batching_tables
 
 ByKind = dict[str, Any] | Any  # newer releases say it for each kind of layer
 Found = TypeVar("Found")

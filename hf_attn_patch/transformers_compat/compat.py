@@ -1,6 +1,7 @@
 """Every touch of a name that transformers does not promise to keep. Checked on 5.17.0 and 5.23.0.
 
-(The two tables of names themselves are in :mod:`.entry`, which must not import transformers.)
+(The two tables of names themselves are in :mod:`..registration.functions`, which must not import
+transformers.)
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from .config_values import layer_value
-from .model_code import ModelCode, attention_classes, source_of
+from ..config_values import layer_value
+from ..model_code import ModelCode, attention_classes, source_of
 
 __all__ = [
     "Cache",

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hf_attn_kernels.fp8 import quantise
 
-from ..compat import CacheLayerMixin, implementation_of
 from ..registry import IMPLEMENTATIONS
-from .pool import NOBODYS
+from ..transformers_compat.compat import CacheLayerMixin, implementation_of
+from .block_pool import NOBODYS
 
 if TYPE_CHECKING:
     from .paged import PagedCache

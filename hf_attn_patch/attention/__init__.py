@@ -1,0 +1,1 @@
+"""One call of attention: from what transformers hands over to the kernels."""

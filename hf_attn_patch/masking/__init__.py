@@ -1,0 +1,1 @@
+"""Which keys a query sees: masks in compact formats, read from transformers' patterns."""

@@ -1,0 +1,1 @@
+"""What transformers is told: functions under names, models refused, classes known."""

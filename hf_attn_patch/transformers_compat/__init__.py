@@ -1,0 +1,1 @@
+"""What differs between releases of transformers, in one folder; imports nothing of ours."""
