@@ -137,7 +137,7 @@ def with_extension(
     extension_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[object]]:
     """The CPU extension serves what it can; gives a list that grows by each call that it served."""
-    from hf_attn_kernels.cpu import compiled, extension
+    from hf_attn_kernels.cpu import extension, extension_decode
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(extension_folder))
     monkeypatch.setenv("HF_ATTN_CPU_EXTENSION", "")
@@ -150,7 +150,7 @@ def with_extension(
         served.append(call)
         return run(call)
 
-    monkeypatch.setattr(compiled, "library", lambda: extension.library() and counted)
+    monkeypatch.setattr(extension_decode, "library", lambda: extension.library() and counted)
     yield served
     extension.forget()
 

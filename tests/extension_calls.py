@@ -6,14 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn_kernels.cpu import extension, prefill
+from hf_attn_kernels.cpu import extension, extension_prefill
 
 
 def count_prefills(patch: pytest.MonkeyPatch) -> list[object]:
     """A list that grows by each call of the compiled prefill from now on, however small and on
     whichever processor."""
-    patch.setattr(prefill, "CAPABILITY", "")
-    patch.setattr(prefill, "LEAST_PRODUCTS", dict.fromkeys(prefill.LEAST_PRODUCTS, 0))
+    patch.setattr(extension_prefill, "CAPABILITY", "")
+    patch.setattr(
+        extension_prefill, "LEAST_PRODUCTS", dict.fromkeys(extension_prefill.LEAST_PRODUCTS, 0)
+    )
     served: list[object] = []
 
     def counted(call: object) -> int:
@@ -25,7 +27,7 @@ def count_prefills(patch: pytest.MonkeyPatch) -> list[object]:
     def library(name: str) -> object:
         return extension.library(name) and counted
 
-    patch.setattr(prefill, "library", library)
+    patch.setattr(extension_prefill, "library", library)
     return served
 
 

@@ -41,7 +41,7 @@ def test_contenders_agree_with_the_oracle(shape):
 
 def test_the_ways_of_ours_are_what_they_are_called():
     pytest.importorskip("triton")
-    from hf_attn_kernels.triton.choice import ruled_out
+    from hf_attn_kernels.triton.options import ruled_out
 
     ways = gpu.CONTENDERS["backward"]
     assert {name for name in ways if name.startswith(f"{rows.OURS}:")} == {
@@ -58,7 +58,7 @@ def test_the_ways_of_ours_are_what_they_are_called():
 def test_a_way_lasts_into_the_backward(monkeypatch):
     """What a contender rules out must still be so when its gradient is timed."""
     pytest.importorskip("triton")
-    from hf_attn_kernels.triton.choice import ruled_out
+    from hf_attn_kernels.triton.options import ruled_out
 
     shape, seen = replace(SMALL, pass_="backward"), []
     grad = torch.autograd.grad

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn_kernels import api, flash_attn_with_kvcache, known
+from hf_attn_kernels import api, flash_attn_with_kvcache, launch_cache
 from hf_attn_kernels.cpu import extension
 
 PAGE, BLOCKS = 16, 5
@@ -140,7 +140,7 @@ def looked_at(with_extension: list[object], monkeypatch: pytest.MonkeyPatch) -> 
         return problem(*args, **options)
 
     monkeypatch.setattr(api, "cache_problem", noting)
-    monkeypatch.setattr(known, "_PLANS", {})
+    monkeypatch.setattr(launch_cache, "_PLANS", {})
     yield found
 
 
@@ -160,7 +160,7 @@ def test_a_known_call_gives_what_it_would_give_anew(name: str, looked_at: list[s
     before = caches_after(first)
     again = caches_after(second)
     assert len(looked_at) == 1
-    known._PLANS.clear()
+    launch_cache._PLANS.clear()
     anew = caches_after(second)
     assert len(looked_at) == 2
     assert all(map(torch.equal, again, anew))
@@ -195,7 +195,7 @@ def test_what_is_looked_at_each_time(looked_at: list[str]) -> None:
     for call in (rotary, strange, sinks):
         caches_after(call)
         caches_after(call)
-    assert len(looked_at) == 6 and not known._PLANS
+    assert len(looked_at) == 6 and not launch_cache._PLANS
     plain = arguments(CASES["one"])
     caches_after(plain)
     with extension.left_out():

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_attn_kernels import flash_attn_func
-from hf_attn_kernels.cpu import flash, matmul, op, plan, run
+from hf_attn_kernels.cpu import blockwise, engine_matmul, engine_sdpa, op, plan
 from hf_attn_kernels.cpu.choice import Rule, choose, traits_of
 from hf_attn_kernels.problem import Pattern, Problem
 from hf_attn_kernels.reference import attention_reference
@@ -50,7 +50,7 @@ def test_matches_the_oracle(case: Case, fenced: Fence) -> None:
     check(case, CPU, fenced)
 
 
-@pytest.fixture(params=[run.FLASH, run.MATMUL])
+@pytest.fixture(params=[blockwise.FLASH, blockwise.MATMUL])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Both engines serve the same call: the choice is speed."""
     name: str = request.param
@@ -71,21 +71,21 @@ BOTH = [
 
 @pytest.mark.parametrize("case", BOTH, ids=str)
 def test_either_engine_matches_the_oracle(case: Case, engine: str, fenced: Fence) -> None:
-    check(case, CPU, fenced, backward=engine == run.MATMUL)
+    check(case, CPU, fenced, backward=engine == blockwise.MATMUL)
 
 
 @pytest.mark.parametrize("case", BOTH, ids=str)
 def test_either_engine_gives_the_same_gradients(case: Case) -> None:
     """Of the output alone, which both engines have; sums in float64, so that they agree closely."""
     found = []
-    for name in (run.FLASH, run.MATMUL):
+    for name in (blockwise.FLASH, blockwise.MATMUL):
         torch.manual_seed(0)
         data = make_data(case, CPU)
-        call = run.call_of(problem_of(data.q, data.k, data.v, case, data.options, data.cu))
+        call = blockwise.call_of(problem_of(data.q, data.k, data.v, case, data.options, data.cu))
         with torch.no_grad():
-            out, lse = run.forward(call, name)
+            out, lse = blockwise.forward(call, name)
             grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(out.dtype)
-            g = run.backward(call, name, out, lse, grad, None, False)
+            g = blockwise.backward(call, name, out, lse, grad, None, False)
         found.append((g.q, g.k, g.v, g.s_aux))
     tolerance = 1e-5 if case.dtype == torch.float32 else 2e-2
     for one, other in zip(*found, strict=True):
@@ -225,9 +225,9 @@ def largest_tensor(case: Case, length: int) -> int:
     problem = replace(problem, dropout_seed=torch.tensor([3]) if case.dropout_p else None)
     name = choose(traits_of(problem)).engine
     with torch.no_grad(), LargestTensor() as seen:  # below the operator, whose inside no mode sees
-        call = run.call_of(problem)
-        out, lse = run.forward(call, name)
-        run.backward(call, name, out, lse, torch.ones_like(out), None, False)
+        call = blockwise.call_of(problem)
+        out, lse = blockwise.forward(call, name)
+        blockwise.backward(call, name, out, lse, torch.ones_like(out), None, False)
     return seen.elements
 
 
@@ -235,15 +235,15 @@ def largest_tensor(case: Case, length: int) -> int:
 def test_memory_is_not_quadratic(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor comes near one head's S * S scores."""
     length = 2048
-    monkeypatch.setattr(matmul, "SCORE_ELEMENTS", 2**16)
-    monkeypatch.setattr(matmul, "TILE_KEYS", 256)
-    monkeypatch.setattr(flash, "MASK_ELEMENTS", 2**16)
+    monkeypatch.setattr(engine_matmul, "SCORE_ELEMENTS", 2**16)
+    monkeypatch.setattr(engine_matmul, "TILE_KEYS", 256)
+    monkeypatch.setattr(engine_sdpa, "MASK_ELEMENTS", 2**16)
     assert length * 2 * 16 <= largest_tensor(case, length) <= length * length / 16
 
 
 def test_the_memory_test_sees_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "SCORE_ELEMENTS", 2**30)
-    monkeypatch.setattr(matmul, "PACKED_ROWS", 2**30)
+    monkeypatch.setattr(engine_matmul, "SCORE_ELEMENTS", 2**30)
+    monkeypatch.setattr(engine_matmul, "PACKED_ROWS", 2**30)
     assert largest_tensor(FRUGAL["softcap"], 512) >= 512 * 512
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_attn_kernels import flash_attn_with_kvcache
 from hf_attn_kernels.cpu import attention_with_cache
-from hf_attn_kernels.cpu.compiled import LANES, MOST_QUERIES
+from hf_attn_kernels.cpu.extension_decode import LANES, MOST_QUERIES
 from hf_attn_kernels.cpu.pages import PagedKeys
 from hf_attn_kernels.problem import CacheProblem, Pattern
 from hf_attn_kernels.reference import attention_reference
@@ -265,6 +265,6 @@ def test_no_full_gather(softcap: float, monkeypatch: pytest.MonkeyPatch) -> None
         return read(self, k0, k1, near)
 
     monkeypatch.setattr(PagedKeys, "read", noting)
-    monkeypatch.setattr("hf_attn_kernels.cpu.matmul.SLAB_ELEMENTS", 2**15)
+    monkeypatch.setattr("hf_attn_kernels.cpu.engine_matmul.SLAB_ELEMENTS", 2**15)
     check(Case(name="", lengths=(5000,), page=16, softcap=softcap))
     assert max(sizes) <= 2048 and sum(sizes) == 2 * 5000

@@ -28,7 +28,7 @@ from hf_attn_kernels import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from hf_attn_kernels.cpu import compiled, extension
+from hf_attn_kernels.cpu import extension, extension_decode
 from hf_attn_kernels.reference import attention_reference
 from hf_attn_patch.cli import app
 
@@ -152,7 +152,7 @@ def test_what_is_left_to_torch(
     why: str, make: Callable[[], tuple[Tensor, Tensor, Tensor]], with_extension: list[object]
 ) -> None:
     q, k, v = make()
-    said = compiled.refusal(q, k, v)
+    said = extension_decode.refusal(q, k, v)
     assert said is not None and why in said
     lengths = torch.ones(1, dtype=torch.int32)
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
@@ -331,7 +331,7 @@ def test_older_processors(capability: str, attend: Attend, monkeypatch: pytest.M
         q, k, v = (
             torch.randn(2, *shape).to(dtype) for shape in ((3, 6, 48), (333, 2, 48), (333, 2, 80))
         )
-        assert compiled.refusal(q, k, v) is None
+        assert extension_decode.refusal(q, k, v) is None
         options = {"causal": True, "window_size": (200, 0), "softcap": 2.0}
         out = flash_attn_with_kvcache(q, k, v, **options)
         exact = flash_attn_with_kvcache(q.double(), k.double(), v.double(), **options)

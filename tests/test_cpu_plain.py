@@ -9,7 +9,7 @@ import torch
 from kernel_cases import assert_within_budget
 
 from hf_attn_kernels import flash_attn_func, use_backend
-from hf_attn_kernels.backends import plain_attention
+from hf_attn_kernels.dispatch import plain_attention
 from hf_attn_kernels.reference import attention_reference
 
 

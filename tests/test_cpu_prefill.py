@@ -27,7 +27,7 @@ from hf_attn_kernels import (
     set_batch_invariant,
 )
 from hf_attn_kernels.cpu import extension
-from hf_attn_kernels.cpu.compiled import LANES
+from hf_attn_kernels.cpu.extension_decode import LANES
 from hf_attn_kernels.reference import attention_reference
 
 Fence = Callable[[Tensor], Tensor]

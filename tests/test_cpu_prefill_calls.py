@@ -15,8 +15,8 @@ from test_cpu_attention import problem_of
 from torch import Tensor
 
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from hf_attn_kernels.backends import plain_attention
-from hf_attn_kernels.cpu import extension, plan, prefill, run
+from hf_attn_kernels.cpu import blockwise, extension, extension_prefill, plan
+from hf_attn_kernels.dispatch import plain_attention
 from hf_attn_kernels.reference import attention_reference
 
 CPU = torch.device("cpu")
@@ -83,11 +83,11 @@ REFUSED = {
 @pytest.mark.parametrize(("case", "why"), REFUSED.values(), ids=REFUSED)
 def test_what_is_left_to_torch(case: Case, why: str, served: list[object]) -> None:
     data = make_data(case, CPU)
-    call = run.call_of(problem_of(data.q, data.k, data.v, case, data.options, data.cu))
+    call = blockwise.call_of(problem_of(data.q, data.k, data.v, case, data.options, data.cu))
     if case.dropout_p:
         pattern = replace(call.scoring.pattern, dropout_p=case.dropout_p)
         call = replace(call, scoring=replace(call.scoring, pattern=pattern))
-    assert why in (prefill.refusal(call) or "") and not prefill.serves(call)
+    assert why in (extension_prefill.refusal(call) or "") and not extension_prefill.serves(call)
     run_kernel(data)
     assert not served
 
@@ -95,9 +95,9 @@ def test_what_is_left_to_torch(case: Case, why: str, served: list[object]) -> No
 def test_small_calls_are_left_to_torch(
     with_extension: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    least = dict(prefill.LEAST_PRODUCTS)
+    least = dict(extension_prefill.LEAST_PRODUCTS)
     served = count_prefills(monkeypatch)
-    monkeypatch.setattr(prefill, "LEAST_PRODUCTS", least)
+    monkeypatch.setattr(extension_prefill, "LEAST_PRODUCTS", least)
     x = torch.randn(1, 31, 16, 64)  # just below 2**20
     y = torch.randn(1, 33, 16, 64)
     for q, calls in ((x, 0), (y, 1), (x.bfloat16(), 2), (y[:, :3].bfloat16(), 2), (y.half(), 3)):
@@ -113,7 +113,7 @@ def test_older_processors_leave_it_to_torch(
     served: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their matmuls are as fast by torch."""
-    monkeypatch.setattr(prefill, "CAPABILITY", "AVX512")
+    monkeypatch.setattr(extension_prefill, "CAPABILITY", "AVX512")
     for capability, calls in (("AVX512_VNNI", 1), ("AVX2", 1), ("DEFAULT", 1), ("AVX512", 2)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda c=capability: c)
         run_kernel(make_data(Case(), CPU))

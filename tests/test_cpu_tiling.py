@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_attn_kernels.cpu import flash, matmul
+from hf_attn_kernels.cpu import engine_matmul, engine_sdpa
 from hf_attn_kernels.cpu.masks import Masks
+from hf_attn_kernels.cpu.segments import Work, dense_works
 from hf_attn_kernels.cpu.tiling import Block, Kind, Scoring, causal_blocks, query_blocks, strips
-from hf_attn_kernels.cpu.work import Work, dense_works
 from hf_attn_kernels.problem import Pattern
 from hf_attn_kernels.reference import visible
 
@@ -81,8 +81,8 @@ def test_every_visible_key_once(seed: int) -> None:
     for work, p, k_len in problems(seed):
         scoring, want = Scoring(pattern=p), expected(work, p, k_len)
         cuts = {
-            "flash": flash.blocks(work, scoring, 4, 2, 8),
-            "matmul": matmul.blocks(work, scoring, 2, 2),
+            "flash": engine_sdpa.blocks(work, scoring, 4, 2, 8),
+            "matmul": engine_matmul.blocks(work, scoring, 2, 2),
             "small": query_blocks(work, scoring, rows=7, tile_keys=20),
             "strips": strips(query_blocks(work, scoring, rows=8, tile_keys=999), 5),
         }
@@ -94,7 +94,7 @@ def test_every_visible_key_once(seed: int) -> None:
 def test_a_window_reads_little_more_than_itself() -> None:
     (work,) = dense_works(1, 4096, 4096, None)
     scoring = Scoring(pattern=Pattern(scaling=1.0, window_left=255, window_right=0))
-    blocks = list(flash.blocks(work, scoring, 8, 2, 64))
+    blocks = list(engine_sdpa.blocks(work, scoring, 8, 2, 64))
     read = sum(
         (block.q1 - block.q0) * block.tiles[0].key_count
         for strip in blocks

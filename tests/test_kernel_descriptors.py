@@ -23,7 +23,7 @@ from hf_attn_kernels.problem import Pattern
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from hf_attn_kernels.triton import backward_launch, choice, descriptors, forward_launch
+from hf_attn_kernels.triton import backward_launch, descriptors, forward_launch, options
 from hf_attn_kernels.triton.config import JOINT_HEAD_DIM
 
 Backend = Callable[[], AbstractContextManager[None]]
@@ -104,7 +104,7 @@ SUMS += [Case(causal=True, heads_kv=1), Case(q_len=111), Case(dropout_p=0.3, dty
 @pytest.mark.parametrize("case", SUMS, ids=str)
 def test_adding_up_by_pointers(case: Case, device: torch.device, triton_backend: Backend) -> None:
     """Where there is no copy engine, or it may not be used; float32 too."""
-    with triton_backend(), choice.without("descriptors"):
+    with triton_backend(), options.without("descriptors"):
         check(case, device, apart, deterministic=False)
 
 
@@ -133,7 +133,7 @@ def test_negative_control_of_the_sum(
     monkeypatch.setattr(torch, "zeros_like", torch.ones_like)
     ways = () if by == "descriptors" else ("descriptors",)
     with (
-        triton_backend(), choice.without(*ways),
+        triton_backend(), options.without(*ways),
         pytest.raises(AssertionError, match=r"^dq: error .* exceeds"),
     ):  # fmt: skip
         check(Case(q_len=60, causal=True, dtype=BF16), device, apart, deterministic=False)
@@ -168,7 +168,7 @@ def test_same_bits_as_by_pointers(
     data = make_data(Case(q_len=112, causal=True, window=(40, 0), dtype=BF16), device, apart)
     results = []
     for ways in ((), ("descriptors",)):
-        with triton_backend(), choice.without(*ways):
+        with triton_backend(), options.without(*ways):
             out, lse = run_kernel(data)
             results.append([out, lse, *gradients(data, out, lse).values()])
     for one, other in zip(*results, strict=True):
@@ -229,7 +229,7 @@ def test_what_the_copy_engine_cannot_bring(
         monkeypatch.setattr(descriptors, "FEW_SCORES", 2 * 20 * 20 + 1)
     else:
         ways = ("descriptors",)
-    with triton_backend(), choice.without(*ways):
+    with triton_backend(), options.without(*ways):
         described.clear()
         out = flash_attn_func(q, k, k, dropout_p, key_padding_mask=mask)
     assert not described and isinstance(out, Tensor) and isinstance(want, Tensor)
@@ -275,17 +275,17 @@ def test_chips_without_a_copy_engine() -> None:
 
 
 def test_ruling_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not choice.ruled_out("descriptors")
-    with choice.without("descriptors"):
-        assert choice.ruled_out("descriptors") and not choice.ruled_out("heavy_first")
-    assert not choice.ruled_out("descriptors")
+    assert not options.ruled_out("descriptors")
+    with options.without("descriptors"):
+        assert options.ruled_out("descriptors") and not options.ruled_out("heavy_first")
+    assert not options.ruled_out("descriptors")
     with pytest.raises(ValueError, match=r"names 'magic'; possible: gluon, descriptors"):
-        choice.without("magic").__enter__()
-    monkeypatch.setenv(choice.WITHOUT, "descriptors")
-    assert choice.ruled_out("descriptors")
-    monkeypatch.setenv(choice.WITHOUT, "descriptors,pointers")
+        options.without("magic").__enter__()
+    monkeypatch.setenv(options.WITHOUT, "descriptors")
+    assert options.ruled_out("descriptors")
+    monkeypatch.setenv(options.WITHOUT, "descriptors,pointers")
     with pytest.raises(ValueError, match=r"HF_ATTN_TRITON_WITHOUT names 'pointers'"):
-        choice.ruled_out("descriptors")
+        options.ruled_out("descriptors")
 
 
 def test_compiles_as_one_graph(

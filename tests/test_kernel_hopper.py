@@ -24,7 +24,8 @@ from gluon_machine import Descriptor, edited, launch, pointer, read_back
 
 from hf_attn_kernels import flash_attn_func
 from hf_attn_kernels.reference import attention_reference
-from hf_attn_kernels.triton import choice, gluon_launch
+from hf_attn_kernels.triton import gluon_launch
+from hf_attn_kernels.triton import options as choice
 
 if not gluon_launch.available():
     pytest.skip("this Triton has no Gluon that the kernel knows", allow_module_level=True)

@@ -14,7 +14,7 @@ from hf_attn_kernels import flash_attn_func
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-from hf_attn_kernels.triton import choice
+from hf_attn_kernels.triton import options
 
 pytestmark = pytest.mark.gpu
 BF16 = torch.bfloat16
@@ -37,13 +37,13 @@ LARGE = [
 def test_at_the_sizes_of_models(
     case: Case, by: str, deterministic: bool, device: torch.device
 ) -> None:
-    with choice.without("gluon", *(("descriptors",) if by == "pointers" else ())):
+    with options.without("gluon", *(("descriptors",) if by == "pointers" else ())):
         check(case, device, apart, deterministic=deterministic)
 
 
 def test_a_cuda_graph_keeps_its_descriptors(device: torch.device) -> None:
     q, k, v = (torch.randn(16, 1024, 4, 64, dtype=BF16, device=device) for _ in range(3))
-    with choice.without("gluon"):
+    with options.without("gluon"):
         flash_attn_func(q, k, v, causal=True)  # compiled before the capture
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from hf_attn_kernels.problem import Pattern
-from hf_attn_kernels.triton import choice, launch
+from hf_attn_kernels.triton import launch, options
 from hf_attn_kernels.triton.primitives import place
 
 Backend = Callable[[], AbstractContextManager[None]]
@@ -58,7 +58,7 @@ def test_every_block_of_every_head_has_one_program(together: int, device: torch.
 def test_how_many_heads_go_together(pattern: dict[str, int], head_bytes: int, want: int) -> None:
     pattern_ = Pattern(scaling=1.0, **pattern)
     assert launch.heads_together(pattern_, 40, head_bytes) == want
-    with choice.without("heavy_first"):
+    with options.without("heavy_first"):
         assert launch.heads_together(pattern_, 40, head_bytes) == 1
 
 
@@ -70,7 +70,7 @@ def test_the_order_does_not_matter(
     data = make_data(Case(batch=1, heads_q=6, heads_kv=3, causal=True), device)
     results = []
     for ways in ((), ("heavy_first",)):
-        with triton_backend(), choice.without(*ways):
+        with triton_backend(), options.without(*ways):
             assert launch.heads_together(Pattern(scaling=1.0, window_right=0), 3, 63 * 256) == (
                 1 if ways else 2
             )

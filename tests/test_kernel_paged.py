@@ -17,7 +17,12 @@ from decode_calls import DEVICE
 from packed_calls import Packed, check_packed, make_packed, run_packed
 from torch import Tensor
 
-from hf_attn_kernels import flash_attn_varlen_func, flash_attn_with_kvcache, known, use_backend
+from hf_attn_kernels import (
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+    launch_cache,
+    use_backend,
+)
 from hf_attn_kernels.fp8 import E4M3, quantise, widened
 from hf_attn_kernels.kvcache import packed_cache_problem
 from hf_attn_kernels.problem import Pattern
@@ -194,7 +199,7 @@ def read_float8(reading: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode_launch, "WIDENS_FLOAT8", chips)
     read = decode_launch.readable(torch.zeros(1).to(E4M3), "interpreter")
     assert read.dtype == (E4M3 if chips else torch.uint8)
-    monkeypatch.setattr(known, "_PLANS", {})  # which remember how a call was launched
+    monkeypatch.setattr(launch_cache, "_PLANS", {})  # which remember how a call was launched
 
 
 @pytest.mark.parametrize("name", ["float8", "float8-rows-window-page64"])

@@ -18,7 +18,7 @@ NOTING = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from hf_attn_kernels import backends, flash_attn_varlen_func, flash_attn_with_kvcache, known
+from hf_attn_kernels import dispatch, flash_attn_varlen_func, flash_attn_with_kvcache, launch_cache
 from hf_attn_kernels import kvcache
 from hf_attn_kernels.triton import decode
 
@@ -43,8 +43,8 @@ class Driver:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
 
 driver.set_active(Driver())
-backends.backend_name = lambda device: "triton"
-known._is_here = lambda q: True
+dispatch.backend_name = lambda device: "triton"
+launch_cache._is_here = lambda q: True
 kvcache.check_values = lambda *args: None
 decode.chip_of, decode.processors = (lambda *args: "sm_90"), (lambda device: 132)
 
@@ -90,13 +90,13 @@ def roles(found, args):
 def same(function, make):
     first, second = make(), make()
     want = roles(launches(function, first), first)
-    known_before = len(known._PLANS)
+    known_before = len(launch_cache._PLANS)
     jit = triton.runtime.jit.JITFunction.run
     triton.runtime.jit.JITFunction.run = None  # Triton's own way is shut
     got = roles(launches(function, second), second)
     triton.runtime.jit.JITFunction.run = jit
     assert got == want, (got, want)
-    assert len(known._PLANS) == known_before
+    assert len(launch_cache._PLANS) == known_before
     return [name for name, *_ in got]
 """
 

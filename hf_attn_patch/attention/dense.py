@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
-from hf_attn_kernels.backends import plain_attention
+from hf_attn_kernels.dispatch import plain_attention
 
 from .. import keywords, packing
 from ..cache.page_storage import layer_of

@@ -70,7 +70,8 @@ def _tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 def both_ways(call: Callable[[], Tensor], *, by: Literal["prefill", "decode"]) -> Contenders:
     """This package by torch's operators and, where it is built, by the CPU extension."""
-    from hf_attn_kernels.cpu import extension, prefill
+    from hf_attn_kernels.cpu import extension
+    from hf_attn_kernels.cpu import extension_prefill as prefill
 
     def by_torch() -> Tensor:
         with extension.left_out():

@@ -134,7 +134,7 @@ class Ours:
         if not self.without and not self.asked_for:
             yield
             return
-        from hf_attn_kernels.triton.choice import asked_for, without
+        from hf_attn_kernels.triton.options import asked_for, without
 
         with asked_for(*self.asked_for), without(*self.without):
             yield

@@ -16,11 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import backends
-from .checks import check_pattern, check_problem
-from .known import CacheTensors, known_call, run_known
+from . import dispatch
 from .kvcache import cache_problem, packed_cache_problem
+from .launch_cache import CacheTensors, known_call, run_known
 from .problem import Problem
+from .validation import check_pattern, check_problem
 
 Result = Tensor | tuple[Tensor, Tensor | None, None]
 
@@ -194,7 +194,7 @@ def flash_attn_varlen_func(
             v_descale=v_descale,
             call=call,
         )
-        out, lse = backends.load(q.device).attention_with_cache(problem)
+        out, lse = dispatch.load(q.device).attention_with_cache(problem)
         return (out, lse, None) if return_attn_probs else out
     if k_descale is not None or v_descale is not None:
         raise ValueError("k_descale and v_descale are for float8 pages; give a block_table too")
@@ -322,7 +322,7 @@ def flash_attn_with_kvcache(
         num_splits=num_splits,
         call=call,
     )
-    out, lse = backends.load(q.device).attention_with_cache(problem)
+    out, lse = dispatch.load(q.device).attention_with_cache(problem)
     return (out, lse) if return_softmax_lse else out
 
 
@@ -330,7 +330,7 @@ def _run(problem: Problem) -> Result:
     check_problem(problem)
     if problem.key_padding_mask is not None and problem.key_padding_mask.shape[1] == 0:
         problem = replace(problem, key_padding_mask=None)  # there is no first key to look for
-    out, lse = backends.load(problem.q.device).attention(problem)
+    out, lse = dispatch.load(problem.q.device).attention(problem)
     return (out, lse, None) if problem.need_lse else out
 
 

@@ -12,8 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .backends import backend_name
-from .cache_checks import (
+from .cache_validation import (
     CacheView,
     check_batch,
     check_cache,
@@ -27,7 +26,8 @@ from .cache_checks import (
     check_values,
     row_lengths,
 )
-from .known import KnownCall
+from .dispatch import backend_name
+from .launch_cache import KnownCall
 from .problem import CacheProblem, NewKeys, Pattern, Rotary
 
 

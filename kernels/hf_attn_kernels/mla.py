@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import backends
-from .cache_checks import (
+from . import dispatch
+from .cache_validation import (
     CacheView,
     check_batch,
     check_int32,
@@ -26,10 +26,10 @@ from .cache_checks import (
     check_values,
     row_lengths,
 )
-from .checks import ALL_FLOATS, FLOAT_DTYPES, check_pattern
 from .fp8 import E4M3, is_float8
 from .namespace import NAMESPACE, OPS
 from .problem import Pattern
+from .validation import ALL_FLOATS, FLOAT_DTYPES, check_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ def mla_decode(
     if cache_seqlens is not None or block_table is not None:
         seqlens = row_lengths(cache_seqlens, batch, view.capacity, device)
         check_values(view, seqlens, 0, batch, cache_leftpad)
-        if device.type == "cpu" and backends.backend_name(device) == "triton":  # interpreted
+        if device.type == "cpu" and dispatch.backend_name(device) == "triton":  # interpreted
             queries = torch.full_like(seqlens, q_latent.shape[1])
             check_pages(view, seqlens, queries, pattern, cache_leftpad)
     if cache_leftpad is not None:
@@ -238,7 +238,7 @@ def _mla_decode(
         block_table=block_table, leftpad=leftpad, key_mask=key_mask,
         latent_descale=latent_descale, rope_descale=rope_descale, num_splits=num_splits,
     )  # fmt: skip
-    out, lse = backends.load(q_latent.device).mla_attention(problem)
+    out, lse = dispatch.load(q_latent.device).mla_attention(problem)
     return out, lse
 
 

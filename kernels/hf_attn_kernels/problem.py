@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .known import KnownCall
+from .launch_cache import KnownCall
 
 UNBOUNDED = -1
 

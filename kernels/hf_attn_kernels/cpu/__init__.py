@@ -1,12 +1,13 @@
 """The CPU backend: FlashAttention's tiling in PyTorch's own operators.
 
-:mod:`.work` splits a call into rows and sequences without padding, :mod:`.tiling` these into blocks
-of queries and tiles of keys, :mod:`.choice` picks the engine (:mod:`.flash` or :mod:`.matmul`) and
-:mod:`.run` drives it; :mod:`.cached` does the same over a KV cache.
+:mod:`.segments` splits a call into rows and sequences without padding, :mod:`.tiling` these into
+blocks of queries and tiles of keys, :mod:`.choice` picks the engine (:mod:`.engine_sdpa` or
+:mod:`.engine_matmul`) and :mod:`.blockwise` drives it; :mod:`.kvcache` does the same over a KV
+cache.
 """
 
-from .cached import attention_with_cache
 from .choice import plan
+from .kvcache import attention_with_cache
 from .mla import mla_attention
 from .op import attention
 

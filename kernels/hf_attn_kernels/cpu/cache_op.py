@@ -1,7 +1,7 @@
 """A call over a cache as torch sees it: two operators, what is appended and what is read.
 
 For torch.compile and fake modes, which cannot look into lengths and pages; every other call goes
-straight to :mod:`.cached`. Values are looked at, and refused, when an operator runs.
+straight to :mod:`.kvcache`. Values are looked at, and refused, when an operator runs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..append import appended
-from ..cache_checks import CacheView, check_packed, check_values
+from ..cache_validation import CacheView, check_packed, check_values
 from ..namespace import NAMESPACE, OPS
 from ..problem import CacheProblem, NewKeys, Pattern, Rotary
 
@@ -28,7 +28,7 @@ def serve(attend: Attend) -> Attend:
 
 
 def by_operators(p: CacheProblem) -> tuple[Tensor, Tensor]:
-    """As :func:`.cached.attention_with_cache`."""
+    """As :func:`.kvcache.attention_with_cache`."""
     q, lengths, new = p.q, p.seqlens_k, p.new
     if new is not None:
         assert lengths is not None

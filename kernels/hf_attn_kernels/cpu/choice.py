@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ..problem import UNBOUNDED, Problem
-from . import prefill
-from .run import FLASH, MATMUL, call_of
+from . import extension_prefill
+from .blockwise import FLASH, MATMUL, call_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def plan(problem: Problem) -> str:
     """The path a forward call takes, in words: what it is and which engine, with the reason."""
     p = problem.pattern
     rule = choose(traits_of(problem))
-    if prefill.serves(call_of(problem)):
+    if extension_prefill.serves(call_of(problem)):
         rule = BY_EXTENSION
     if p.window_left != UNBOUNDED or p.window_right > 0:
         shape = f"window ({p.window_left}, {p.window_right})"

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..invariant import batch_invariant
+from ..batch_invariance import batch_invariant
 from ..problem import UNBOUNDED, Problem
-from . import compiled, prefill
+from . import extension_decode, extension_prefill
 from .context import fused_forward
-from .one_query import LONG_KEYS, one_query
+from .decode import LONG_KEYS, one_query
 
 # what PyTorch's fused kernel is made for
 DTYPES = (torch.float32, torch.bfloat16)
@@ -72,14 +72,14 @@ def plain(
     if k.dtype != dtype or v.dtype != dtype or not k_len:
         return None
     if q_len > 1:
-        found = prefill.plain(q, k, v, scaling, causal=causal, window_left=window_left)
+        found = extension_prefill.plain(q, k, v, scaling, causal=causal, window_left=window_left)
         if found is not None:
             return found
     hides = UNBOUNDED != window_left < k_len - 1
     if q_len == 1 and causal:
         if hides:
             k, v = k[:, :, k_len - 1 - window_left :], v[:, :, k_len - 1 - window_left :]
-        served = compiled.one_query(
+        served = extension_decode.one_query(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scaling
         )
         if served is not None:
@@ -103,7 +103,7 @@ def _one_query(problem: Problem, low: int, need_lse: bool) -> tuple[Tensor, Tens
         return None
     q = problem.q
     k, v = (x[:, low:] for x in (problem.k, problem.v))
-    served = compiled.one_query(q, k, v, problem.pattern.scaling)
+    served = extension_decode.one_query(q, k, v, problem.pattern.scaling)
     if served is not None:
         return served.out, served.lse
     k, v = k.transpose(1, 2), v.transpose(1, 2)

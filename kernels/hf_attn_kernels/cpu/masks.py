@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED
+from .segments import Work, broadcast_row
 from .tiling import Block, Kind, Scoring, Tile
-from .work import Work, broadcast_row
 
 
 @dataclass(frozen=True)

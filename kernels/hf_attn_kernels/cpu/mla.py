@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch_invariance import batch_invariant
 from ..fp8 import is_float8
-from ..invariant import batch_invariant
 from ..mla import MlaProblem
 from ..problem import UNBOUNDED
 from .context import sum_dtype

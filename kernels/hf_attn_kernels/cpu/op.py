@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..invariant import batch_invariant
+from ..batch_invariance import batch_invariant
 from ..namespace import NAMESPACE
 from ..problem import Pattern, Problem
-from . import direct, prefill, run
+from . import blockwise, direct, extension_prefill
 from .choice import choose, traits_of
 from .context import sum_dtype
 
@@ -54,13 +54,13 @@ def _needs_grad(tensors: list[Tensor | None]) -> bool:
 
 def _forward(problem: Problem, *, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     engine = choose(traits_of(problem)).engine
-    call = run.call_of(problem) if prefill.takes(problem.q.shape[-3]) else None
-    found = None if call is None else prefill.attention(call)
-    if found is None and engine == run.FLASH and not batch_invariant():
+    call = blockwise.call_of(problem) if extension_prefill.takes(problem.q.shape[-3]) else None
+    found = None if call is None else extension_prefill.attention(call)
+    if found is None and engine == blockwise.FLASH and not batch_invariant():
         shortest = direct.attention(problem, need_lse=need_lse)
         if shortest is not None:
             return shortest
-    out, lse = found or run.forward(call or run.call_of(problem), engine)
+    out, lse = found or blockwise.forward(call or blockwise.call_of(problem), engine)
     return (out[0], lse[0]) if problem.packed else (out, lse)
 
 
@@ -125,7 +125,9 @@ def cpu_attention_grad(
     if problem.packed:
         out, lse, grad_out = out[None], lse[None], grad_out[None]
         grad_lse = None if grad_lse is None else grad_lse[None]
-    g = run.backward(run.call_of(problem), rule.engine, out, lse, grad_out, grad_lse, bias_grad)
+    g = blockwise.backward(
+        blockwise.call_of(problem), rule.engine, out, lse, grad_out, grad_lse, bias_grad
+    )
     dq, dk, dv = (g.q[0], g.k[0], g.v[0]) if problem.packed else (g.q, g.k, g.v)
     nothing = q.new_empty(0)
     return (

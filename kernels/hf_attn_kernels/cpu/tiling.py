@@ -14,10 +14,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..invariant import batch_invariant
+from ..batch_invariance import batch_invariant
 from ..problem import UNBOUNDED, Pattern
 from .pages import Keys, read_range
-from .work import Work
+from .segments import Work
 
 
 class Kind(Enum):

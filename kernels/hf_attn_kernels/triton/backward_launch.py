@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .backward import delta_kernel
 from .bias_grad import bias_grad_kernel
-from .choice import ruled_out
 from .config import DELTA_ROWS, JOINT_HEAD_DIM, Tiles, chip_of
 from .descriptors import refusal, rows_of, tiles_of
 from .dkdv import dkdv_kernel
@@ -29,6 +28,7 @@ from .launch import (
     tiled,
     tiles_for,
 )
+from .options import ruled_out
 
 
 @dataclass(frozen=True)

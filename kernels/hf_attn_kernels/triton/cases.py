@@ -10,10 +10,10 @@ from torch import Tensor
 from ..problem import Pattern
 from .aot import AotCase, case_of
 from .backward_launch import Gradients, backward_launches, serves_joint
-from .choice import without
 from .config import COPY_ENGINE
 from .forward_launch import Outputs, forward_launch
 from .launch import Inputs, Launch
+from .options import without
 
 
 @dataclass(frozen=True, kw_only=True)

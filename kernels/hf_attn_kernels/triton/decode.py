@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..known import learn
+from ..launch_cache import learn
 from ..namespace import NAMESPACE, OPS
 from ..problem import CacheProblem, NewKeys, Pattern, Problem, Rotary
 from .append import append_launch
@@ -26,7 +26,7 @@ from .config import chip_of
 from .decode_config import processors
 from .decode_launch import Cache, launches, new_outputs
 from .launch import Launch
-from .plan import CachePlan, Ready
+from .launch_plan import CachePlan, Ready
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENSE_MAX_ROWS = 16  # Q * G: one tile; beyond it the forward kernel's larger tiles do better

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from . import gluon_launch
-from .choice import ruled_out
 from .config import chip_of
 from .descriptors import refusal, tiles_of
 from .forward import attention_forward_kernel
@@ -24,6 +23,7 @@ from .launch import (
     tiled,
     tiles_for,
 )
+from .options import ruled_out
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..problem import Pattern
-from .choice import ruled_out
 from .config import CACHE_BYTES, Tiles, tiles
+from .options import ruled_out
 
 NO_BIAS, ADDED, KEEP = 0, 1, 2  # as in primitives
 GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA's, of the programs along each axis

@@ -8,7 +8,7 @@
 // of threads nor the other rows change a bit.
 //
 // Plain C++17 with the vector extensions of GCC and Clang: no header of torch, so it compiles in
-// seconds and fits every release of it. The struct `Call` is mirrored in compiled.py.
+// seconds and fits every release of it. The struct `Call` is mirrored in extension_decode.py.
 //
 // R rows of the batch, G query heads per KV head, a line is one query of one head.
 

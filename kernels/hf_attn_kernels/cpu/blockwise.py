@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ..problem import UNBOUNDED, Problem
-from . import flash, matmul
+from . import engine_matmul, engine_sdpa
 from .context import Context, sum_dtype
 from .pages import Keys, PagedKeys
+from .segments import NO_SEQUENCE, Work, dense_works, packed_works
 from .tiling import Block, Scoring
-from .work import NO_SEQUENCE, Work, dense_works, packed_works
 
 FLASH, MATMUL = "flash", "matmul"
 # log-sum-exps beyond it are too coarse to make weights of: 32 times an ordinary score's rounding.
@@ -83,7 +83,7 @@ def forward(call: Call, engine: str, ctx: Context | None = None) -> tuple[Tensor
     ctx = ctx or Context(scoring=call.scoring, dtype=dtype, seed=call.seed)
     out = call.q.new_empty(batch, length, heads, call.v.shape[-1])
     lse = call.q.new_empty(batch, heads, length, dtype=dtype)
-    run = flash.forward if engine == FLASH else matmul.forward
+    run = engine_sdpa.forward if engine == FLASH else engine_matmul.forward
     for work in _split(call, engine):
         q = call.q[work.rows, work.queries]
         k, v = work.select_keys(call.k), work.select_keys(call.v)
@@ -173,7 +173,7 @@ def _add_gradients(
                 continue
             i = slice(block.q0, block.q1)
             if engine == FLASH:
-                dq = flash.backward(
+                dq = engine_sdpa.backward(
                     ctx, work, block, q[:, i], k, v, o[:, i], ell[:, :, i], do[:, i], dk, dv
                 )
             else:
@@ -182,9 +182,9 @@ def _add_gradients(
                     mine = far[work.rows, :, work.queries][:, :, i]
                     if not bool(mine.any()):
                         continue
-                    peak, rest = matmul.parted_lse(ctx, work, block, q[:, i], k, call.s_aux)
+                    peak, rest = engine_matmul.parted_lse(ctx, work, block, q[:, i], k, call.s_aux)
                     rest = rest.masked_fill(~mine, float("inf"))
-                dq = matmul.backward(
+                dq = engine_matmul.backward(
                     ctx, work, block, q[:, i], k, v, rest, peak, dl[:, :, i], do[:, i], dk, dv,
                     grad_bias,
                 )  # fmt: skip
@@ -205,8 +205,8 @@ def _blocks(call: Call, work: Work, engine: str) -> Iterator[Block]:
     heads, heads_kv = call.q.shape[2], call.k.shape[2]
     if engine == FLASH:
         paged = isinstance(call.k, PagedKeys)
-        return flash.blocks(work, call.scoring, heads, heads_kv, call.q.shape[3], paged=paged)
-    return matmul.blocks(work, call.scoring, heads // heads_kv, heads_kv)
+        return engine_sdpa.blocks(work, call.scoring, heads, heads_kv, call.q.shape[3], paged=paged)
+    return engine_matmul.blocks(work, call.scoring, heads // heads_kv, heads_kv)
 
 
 def _split(call: Call, engine: str) -> Iterator[Work]:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..invariant import batch_invariant
+from ..batch_invariance import batch_invariant
 from . import philox
 from .context import Context
 from .masks import bias_tile, key_positions
 from .pages import Keys, PagedKeys, read_range
+from .segments import Work
 from .tiling import Block, Scoring, Tile, query_blocks
-from .work import Work
 
 # elements of one tile's scores, all heads together: about what a core's own cache holds
 SCORE_ELEMENTS = 2**20

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from ..append import rotated, written
+from ..batch_invariance import batch_invariant
 from ..fp8 import is_float8
-from ..invariant import batch_invariant
 from ..problem import UNBOUNDED, CacheProblem
-from . import compiled, prefill, run
+from . import blockwise, extension_decode, extension_prefill
 from .cache_op import by_operators, serve
 from .choice import Traits, choose
 from .context import Context, combine, sum_dtype
-from .flash import PAGED_KEYS_DECODE, gathered_forward
+from .engine_sdpa import PAGED_KEYS_DECODE, gathered_forward
 from .pages import Keys, PagedKeys
+from .segments import Work
 from .tiling import Scoring
-from .work import Work
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def _attention(problem: CacheProblem) -> tuple[Tensor, Tensor]:
         problem = rotated(problem)
         if problem.q.numel() == 0:  # what is to be written is written all the same
             return _no_queries(written(problem))
-        found = compiled.attention(problem)
+        found = extension_decode.attention(problem)
         if found is None:
             problem = written(problem)
         elif found.whole:
@@ -71,9 +71,9 @@ def _no_queries(problem: CacheProblem) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    problem: CacheProblem, call: run.Call, ctx: Context | None = None
+    problem: CacheProblem, call: blockwise.Call, ctx: Context | None = None
 ) -> tuple[Tensor, Tensor]:
-    return prefill.attention(call) or run.forward(call, _engine(problem), ctx)
+    return extension_prefill.attention(call) or blockwise.forward(call, _engine(problem), ctx)
 
 
 def _engine(problem: CacheProblem) -> str:
@@ -87,7 +87,7 @@ def _engine(problem: CacheProblem) -> str:
 
 
 def _one_tile(
-    ctx: Context, problem: CacheProblem, row: Row, call: run.Call
+    ctx: Context, problem: CacheProblem, row: Row, call: blockwise.Call
 ) -> tuple[Tensor, Tensor] | None:
     """The shortest way: one query whose keys are one tile, without planning blocks and tiles. None
     where there is more to it. A batch of short rows decodes in half the time."""
@@ -99,7 +99,7 @@ def _one_tile(
         or problem.alibi_slopes is not None
         or problem.s_aux is not None
         or (p.sink_tokens and low > row.start)
-        or _engine(problem) != run.FLASH
+        or _engine(problem) != blockwise.FLASH
     ):
         return None
     assert isinstance(k, PagedKeys) and isinstance(v, PagedKeys)
@@ -111,7 +111,9 @@ def _one_tile(
     return out.reshape(call.q.shape), lse.reshape(1, -1, 1)
 
 
-def _row_by_row(problem: CacheProblem, found: compiled.Found | None) -> tuple[Tensor, Tensor]:
+def _row_by_row(
+    problem: CacheProblem, found: extension_decode.Found | None
+) -> tuple[Tensor, Tensor]:
     """`found` has the rows of few queries already."""
     q, heads = problem.q, problem.q.shape[-2]
     if found is None:
@@ -123,7 +125,7 @@ def _row_by_row(problem: CacheProblem, found: compiled.Found | None) -> tuple[Te
     scoring = Scoring(pattern=problem.pattern, alibi_slopes=problem.alibi_slopes)
     ctx = Context(scoring=scoring, dtype=sum_dtype(q.dtype))
     for row, call in zip(_rows(problem), _row_calls(problem), strict=True):
-        if found is not None and call.q.shape[1] <= compiled.MOST_QUERIES:
+        if found is not None and call.q.shape[1] <= extension_decode.MOST_QUERIES:
             continue
         part, part_lse = _one_tile(ctx, problem, row, call) or _forward(problem, call, ctx)
         if problem.packed:
@@ -150,7 +152,7 @@ def _rows(problem: CacheProblem) -> Iterator[Row]:
         yield Row(number, whole, min(start, end), end)
 
 
-def _flat_call(problem: CacheProblem) -> run.Call:
+def _flat_call(problem: CacheProblem) -> blockwise.Call:
     """One call over the cache as it lies; neighbouring rows of one length are one piece."""
     works: list[Work] = []
     rows = list(_rows(problem))
@@ -170,7 +172,7 @@ def _flat_call(problem: CacheProblem) -> run.Call:
     return _call(problem, problem.q, problem.k_cache, problem.v_cache, works)
 
 
-def _row_calls(problem: CacheProblem) -> Iterator[run.Call]:
+def _row_calls(problem: CacheProblem) -> Iterator[blockwise.Call]:
     """One call a row: its pages, read as one sequence. A float8 row that lies whole is one page."""
     if problem.block_table is not None:
         tables = problem.block_table
@@ -212,6 +214,6 @@ def _work(row: Row, rows: slice, at: int) -> Work:
     )
 
 
-def _call(problem: CacheProblem, q: Tensor, k: Keys, v: Keys, works: list[Work]) -> run.Call:
+def _call(problem: CacheProblem, q: Tensor, k: Keys, v: Keys, works: list[Work]) -> blockwise.Call:
     scoring = Scoring(pattern=problem.pattern, alibi_slopes=problem.alibi_slopes)
-    return run.Call(q=q, k=k, v=v, works=works, scoring=scoring, s_aux=problem.s_aux)
+    return blockwise.Call(q=q, k=k, v=v, works=works, scoring=scoring, s_aux=problem.s_aux)

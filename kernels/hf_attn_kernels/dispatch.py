@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .invariant import batch_invariant
+from .batch_invariance import batch_invariant
 
 # backend of each torch device type; "xpu" and ROCm's "cuda" run the same Triton kernels
 DEVICE_BACKENDS = {"cuda": "triton", "xpu": "triton", "cpu": "cpu"}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..invariant import batch_invariant
+from ..batch_invariance import batch_invariant
 from .pages import Keys, PagedKeys
 
 NO_SEQUENCE = -1  # the number of tokens that belong to none

@@ -1,4 +1,4 @@
-"""Checks at the door of a KV cache. As in :mod:`.checks`, every message says what would fit.
+"""Checks at the door of a KV cache. As in :mod:`.validation`, every message says what would fit.
 
 Lengths and page numbers are tensors whose values are read, and checked, on the CPU only: on a GPU
 that would wait for the device. There the kernels keep within the cache whatever the values are.
@@ -12,7 +12,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .checks import (
+from .fp8 import E4M3, is_float8
+from .problem import NewKeys, Pattern
+from .validation import (
     ALL_FLOATS,
     FLOAT_DTYPES,
     check_alibi,
@@ -21,8 +23,6 @@ from .checks import (
     check_offsets,
     values_readable,
 )
-from .fp8 import E4M3, is_float8
-from .problem import NewKeys, Pattern
 
 PAGE_MULTIPLE = 16
 

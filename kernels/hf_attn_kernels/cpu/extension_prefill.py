@@ -1,6 +1,6 @@
 """Many queries through the compiled extension, where there is one and it is faster.
 
-A call comes cut into pieces (:mod:`.work`), so padding, packed sequences and a cache's rows are
+A call comes cut into pieces (:mod:`.segments`), so padding, packed sequences and a cache's rows are
 all the same to it. What it does not serve goes to torch's operators by the table below.
 
 Shape letters as in :mod:`..problem`.
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..invariant import batch_invariant
+from ..batch_invariance import batch_invariant
 from ..problem import UNBOUNDED, Pattern
-from .compiled import DTYPES, LANES, address
+from .blockwise import Call
 from .extension import PREFILL, library
+from .extension_decode import DTYPES, LANES, address
 from .pages import PagedKeys
-from .run import Call
-from .work import NO_SEQUENCE
+from .segments import NO_SEQUENCE
 
 _POINTERS = ("q", "k", "v", "out", "lse", "pieces", "keep", "s_aux", "table")
 _NUMBERS = (
@@ -109,8 +109,8 @@ def serves(call: Call) -> bool:
 
 
 def attention(call: Call) -> tuple[Tensor, Tensor] | None:
-    """out ``[B, Q, Hq, Dv]`` and lse ``[B, Hq, Q]`` as :func:`.run.forward`, both contiguous. None:
-    nothing is done."""
+    """out ``[B, Q, Hq, Dv]`` and lse ``[B, Hq, Q]`` as :func:`.blockwise.forward`, both contiguous.
+    None: nothing is done."""
     if not serves(call):
         return None
     q, k, v = _tensors(call)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..known import CacheTensors
+from ..launch_cache import CacheTensors
 from .decode_launch import new_outputs
 from .launch import Launch
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends import backend_name
-from ..known import CacheTensors, learn
+from ..dispatch import backend_name
+from ..launch_cache import CacheTensors, learn
 from ..problem import CacheProblem, Pattern
 from .extension import library
 
@@ -86,7 +86,7 @@ class Found:
 
 
 def attention(problem: CacheProblem) -> Found | None:
-    """out and lse as :func:`.cached.attention_with_cache`, of the rows with at most `MOST_QUERIES`
+    """out and lse as :func:`.kvcache.attention_with_cache`, of the rows with at most `MOST_QUERIES`
     queries; new keys, rotated already, are written first. None: nothing is done or written.
 
     A table that has no page for a key that is seen or written gives None too: torch's path says

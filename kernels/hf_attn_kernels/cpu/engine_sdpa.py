@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..problem import UNBOUNDED
 from .context import Context, combine, fused_forward
+from .decode import in_pieces, one_query
 from .masks import Mask
-from .one_query import in_pieces, one_query
 from .pages import Keys, PagedKeys
+from .segments import Work
 from .tiling import Block, Kind, Scoring, Tile, causal_blocks, query_blocks, strips
-from .work import Work
 
 fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
