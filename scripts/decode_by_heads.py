@@ -23,7 +23,7 @@ from measure.texts import read_plain, split
 
 from hf_attn_converters import convert
 from hf_attn_converters.calibration import Calibration
-from hf_attn_patch.bench.rows import environment
+from hf_attn_patch.bench.results import environment
 from hf_attn_patch.cli.common import print_table, progress_bar
 from hf_attn_patch.compare.divergence import Quality, measure_quality
 from hf_attn_patch.compare.speed import Speed, measure_speed

@@ -18,7 +18,7 @@ from tables.attention import CPU_CSV, GPU_CSV, GROWTH_CSV, describe, grouped, gr
 from tables.markdown import short
 
 from hf_attn_patch.bench.growth import exponent
-from hf_attn_patch.bench.rows import OURS, read_rows
+from hf_attn_patch.bench.results import OURS, read_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -71,9 +71,9 @@ def correctness() -> int:
 def timings(slices: Sequence[str], out: Path, budget_s: float) -> int:
     """Measure what is missing of `slices`; 1 when this package was wrong anywhere."""
     import torch
+    from bench import gpu
 
-    from hf_attn_patch.bench import gpu
-    from hf_attn_patch.bench.rows import OURS
+    from hf_attn_patch.bench.results import OURS
 
     report = gpu.run(slices, out=out, device=torch.device("cuda"), budget_s=budget_s)
     for title, lines in (("left out", report.left_out), ("WRONG, not timed", report.wrong)):

@@ -140,7 +140,7 @@ def measure(
     """One conversion, a row for each text."""
     from hf_attn_converters import convert
     from hf_attn_converters.calibration import Calibration
-    from hf_attn_patch.bench.rows import environment
+    from hf_attn_patch.bench.results import environment
 
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         text = None

@@ -82,9 +82,10 @@ def ratios(seq: int, heads: int, together: int, model: Model) -> dict[str, float
 
 def main(argv: Sequence[str] | None = None) -> int:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args(argv)
+    from bench.gpu import SLICES
+
     from hf_attn_kernels.problem import Pattern
     from hf_attn_kernels.triton.launch import heads_together
-    from hf_attn_patch.bench.gpu import SLICES
 
     model, causal = Model(), Pattern(scaling=1.0, window_right=0)
     for shape in SLICES["forward"]:

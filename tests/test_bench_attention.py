@@ -10,7 +10,7 @@ import pytest
 import torch
 from extension_calls import count_prefills
 
-from hf_attn_patch.bench import attention, rows
+from hf_attn_patch.bench import attention, results
 
 
 @pytest.fixture(autouse=True)
@@ -30,12 +30,16 @@ def test_every_row_has_its_peers(tmp_path: Path):
         assert 0 < line["p20_ms"] <= line["p50_ms"] <= line["p80_ms"]
         assert (line["gbytes_s"] is not None) == (line["pass"] == "decode")
         groups.setdefault((line["seq_q"], line["extra"], line["dtype"]), set()).add(line["impl"])
-    assert len(groups) == 10 and all(rows.OURS in group for group in groups.values())
-    assert groups["256", "padded row", "fp32"] == {rows.OURS, "sdpa_is_causal", "transformers_sdpa"}
-    assert groups["512", "", "bf16"] == {rows.OURS, "sdpa_masked"}
+    assert len(groups) == 10 and all(results.OURS in group for group in groups.values())
+    assert groups["256", "padded row", "fp32"] == {
+        results.OURS,
+        "sdpa_is_causal",
+        "transformers_sdpa",
+    }
+    assert groups["512", "", "bf16"] == {results.OURS, "sdpa_masked"}
     assert {"sdpa_packed", "sdpa_repeat_kv"} <= groups["1", "heads first", "bf16"]
     assert {"gather_sdpa_packed", "contiguous_cache"} <= groups["1", "page=16", "fp32"]
-    assert [line["impl"] for line in rows.read_rows(out)] == [line["impl"] for line in found]
+    assert [line["impl"] for line in results.read_rows(out)] == [line["impl"] for line in found]
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_compiled failed")
@@ -59,13 +63,13 @@ def test_a_shifted_result_is_not_timed(name, monkeypatch):
         measured = attention.measure(shifted(peer), row.quick, rounds=1)
     assert peer not in {line.impl for line in measured} and len(measured) >= 1
     with pytest.raises(RuntimeError, match=r"is off by .* nothing was timed"):
-        attention.measure(shifted(rows.OURS), row.quick, rounds=1)
+        attention.measure(shifted(results.OURS), row.quick, rounds=1)
 
 
 def test_the_extension_takes_part_where_it_is_built(with_extension):
     row = attention.ROWS["paged"]
     names = [line.impl for line in attention.measure(row, row.quick, rounds=1)]
-    assert names[:2] == [rows.OURS, f"{rows.OURS}:extension"]
+    assert names[:2] == [results.OURS, f"{results.OURS}:extension"]
     assert len(with_extension) == 2  # checked, then timed; nothing else was served by it
 
 
@@ -74,7 +78,7 @@ def test_the_extension_takes_part_in_prompts(name, with_extension, monkeypatch):
     served = count_prefills(monkeypatch)
     row = attention.ROWS[name]
     names = [line.impl for line in attention.measure(row, row.quick, rounds=1)]
-    assert names[:2] == [rows.OURS, f"{rows.OURS}:extension"]
+    assert names[:2] == [results.OURS, f"{results.OURS}:extension"]
     assert len(served) == 2
 
 

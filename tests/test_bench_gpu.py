@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from bench import decode, gpu
 
-from hf_attn_patch.bench import decode, gpu, rows
-from hf_attn_patch.bench.contenders import DECODE, Shape, eager, ours, sdpa, sdpa_packed
+from hf_attn_patch.bench import results
+from hf_attn_patch.bench.baselines import DECODE, Shape, eager, ours, sdpa, sdpa_packed
 
 CPU = torch.device("cpu")
 SMALL = Shape(
@@ -44,15 +45,15 @@ def test_the_ways_of_ours_are_what_they_are_called():
     from hf_attn_kernels.triton.options import ruled_out
 
     ways = gpu.CONTENDERS["backward"]
-    assert {name for name in ways if name.startswith(f"{rows.OURS}:")} == {
-        f"{rows.OURS}:{way}" for way in ("pointers", "head-by-head", "nondeterministic")
+    assert {name for name in ways if name.startswith(f"{results.OURS}:")} == {
+        f"{results.OURS}:{way}" for way in ("pointers", "head-by-head", "nondeterministic")
     }
-    with ways[f"{rows.OURS}:pointers"].around():
+    with ways[f"{results.OURS}:pointers"].around():
         assert ruled_out("descriptors") and ruled_out("gluon") and not ruled_out("heavy_first")
-    with ways[f"{rows.OURS}:head-by-head"].around():
+    with ways[f"{results.OURS}:head-by-head"].around():
         assert ruled_out("heavy_first") and not ruled_out("descriptors")
-    assert not ruled_out("descriptors") and ways[rows.OURS].deterministic
-    assert not ways[f"{rows.OURS}:nondeterministic"].deterministic
+    assert not ruled_out("descriptors") and ways[results.OURS].deterministic
+    assert not ways[f"{results.OURS}:nondeterministic"].deterministic
 
 
 def test_a_way_lasts_into_the_backward(monkeypatch):
@@ -68,8 +69,8 @@ def test_a_way_lasts_into_the_backward(monkeypatch):
         return grad(*args, **kwargs)
 
     monkeypatch.setattr(torch.autograd, "grad", watched)
-    env = rows.environment()
-    for name, want in ((f"{rows.OURS}:pointers", True), (rows.OURS, False)):
+    env = results.environment()
+    for name, want in ((f"{results.OURS}:pointers", True), (results.OURS, False)):
         field = {name: gpu.CONTENDERS["backward"][name]}
         before = len(seen)
         measured = gpu.measure(shape, env, CPU, gpu.Report(), contenders=field, rounds=2)
@@ -80,7 +81,7 @@ def test_a_way_lasts_into_the_backward(monkeypatch):
 def test_packed_decode_agrees_and_refuses_what_it_cannot_do():
     shape = replace(SMALL, pass_="decode", seq_q=1)
     q, k, v = shape.inputs(CPU)
-    for attention in (sdpa_packed, DECODE[rows.OURS]):
+    for attention in (sdpa_packed, DECODE[results.OURS]):
         assert gpu.forward_budget(attention(q, k, v, shape), q, k, v, shape).kept
     with pytest.raises(ValueError, match="one query"):
         sdpa_packed(*SMALL.inputs(CPU), SMALL)
@@ -115,7 +116,7 @@ def test_decode_rates_are_said_in_percent_of_the_copy_rate(tmp_path, monkeypatch
     monkeypatch.setattr(gpu, "SLICES", {"decode": (shape,)})
     small = gpu.ceilings
     monkeypatch.setattr(gpu, "ceilings", lambda env, device: small(env, device, scale=256))
-    monkeypatch.setattr(gpu, "CONTENDERS", {"decode": {rows.OURS: ours}})
+    monkeypatch.setattr(gpu, "CONTENDERS", {"decode": {results.OURS: ours}})
     gpu.run(["decode"], out=tmp_path / "gpu.csv", device=CPU, say=said.append)
     assert "% of the copy rate" in said[-1] and not any("%" in line for line in said[:-1])
 
@@ -124,10 +125,10 @@ def test_decode_rates_are_said_in_percent_of_the_copy_rate(tmp_path, monkeypatch
 def test_a_wrong_contender_is_not_timed(pass_):
     shape, report = replace(SMALL, pass_=pass_), gpu.Report()
     broken = lambda *a: torch.ones(2) @ torch.ones(3)  # noqa: E731
-    field = {rows.OURS: ours, "shifted": shifted, "broken": broken}
-    env = rows.environment()
+    field = {results.OURS: ours, "shifted": shifted, "broken": broken}
+    env = results.environment()
     measured = gpu.measure(shape, env, CPU, report, contenders=field, rounds=3)
-    assert [row.impl for row in measured] == [rows.OURS]
+    assert [row.impl for row in measured] == [results.OURS]
     assert measured[0].timing.p50_ms > 0 and measured[0].tflops > 0
     assert len(report.wrong) == 1 and " shifted: error" in report.wrong[0]
     assert len(report.left_out) == 1 and " broken: RuntimeError" in report.left_out[0]
@@ -142,7 +143,7 @@ def test_nan_is_over_budget():
 
 def test_a_run_stops_at_its_budget_and_goes_on(tmp_path, monkeypatch):
     out = tmp_path / "gpu.csv"
-    field = {rows.OURS: ours, "eager": eager}
+    field = {results.OURS: ours, "eager": eager}
     monkeypatch.setattr(gpu, "SLICES", {"forward": (SMALL, SHAPES["full"])})
     monkeypatch.setattr(gpu, "CONTENDERS", {"forward": field})
     monkeypatch.setattr(gpu, "ceilings", lambda env, device: [])
@@ -151,13 +152,13 @@ def test_a_run_stops_at_its_budget_and_goes_on(tmp_path, monkeypatch):
     two = gpu.run(["forward"], out=out, device=CPU)
     assert two.shapes_left == 0 and len(two.rows) == 4
     again = gpu.run(["forward"], out=out, device=CPU)
-    assert not again.rows and len(rows.read_rows(out)) == 4
+    assert not again.rows and len(results.read_rows(out)) == 4
     with pytest.raises(ValueError, match="unknown slice 'sideways'"):
         gpu.run(["sideways"], out=out, device=CPU)
 
 
 def test_ceilings_are_rates():
-    matmul, copy = gpu.ceilings(rows.environment(), CPU, scale=256)
+    matmul, copy = gpu.ceilings(results.environment(), CPU, scale=256)
     assert matmul.extra == "matmul" and matmul.tflops > 0 and matmul.gbytes_s is None
     assert copy.extra == "copy" and copy.gbytes_s > 0 and copy.tflops is None
 
@@ -196,7 +197,7 @@ def test_the_script_checks_its_arguments(script, bad, capsys):
 
 
 def test_the_script_fails_when_this_package_is_wrong(script, monkeypatch, tmp_path, capsys):
-    wrong = gpu.Report(wrong=[f"forward {rows.OURS}: error 1.0e+00, allowed 1.0e-02"])
+    wrong = gpu.Report(wrong=[f"forward {results.OURS}: error 1.0e+00, allowed 1.0e-02"])
     monkeypatch.setattr(gpu, "run", lambda *a, **k: wrong)
     assert script.timings(["forward"], tmp_path / "x.csv", 1.0) == 1
     assert "WRONG" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hf_attn_patch.bench import growth, rows
+from hf_attn_patch.bench import growth, results
 
 
 def test_the_exponent_of_a_known_curve() -> None:
@@ -24,7 +24,7 @@ def test_every_curve_runs_and_lands_in_the_csv(tmp_path: Path) -> None:
     out = tmp_path / "growth.csv"
     found = growth.run(out=out, longest=1024, rounds=1)
     assert [curve["curve"] for curve in found] == list(growth.CURVES)
-    assert [row["extra"] for row in rows.read_rows(out)] == list(growth.CURVES)
+    assert [row["extra"] for row in results.read_rows(out)] == list(growth.CURVES)
     assert all(curve["p50_ms"][0] > 0 for curve in found)
 
 

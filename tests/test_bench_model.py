@@ -15,9 +15,9 @@ import pytest
 import torch
 from tiny_checkpoints import tiny_checkpoint
 
-from hf_attn_patch.bench import model, script, shapes, turns
-from hf_attn_patch.bench.alone import Alone
-from hf_attn_patch.bench.turns import Case, Subject
+from hf_attn_patch.bench import model, model_worker, script, shapes
+from hf_attn_patch.bench.model_worker import Case, Subject
+from hf_attn_patch.bench.worker import Alone
 from hf_attn_patch.registration import functions
 from hf_attn_patch.swa_config import SwaSettings
 
@@ -74,15 +74,15 @@ def test_implementations_agree_and_half_a_window_shows(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """70 tokens under a window of 32; the negative control sees 16 of them."""
-    want = turns.answer("sdpa", TINY, case)
+    want = model_worker.answer("sdpa", TINY, case)
     assert len(want) > 100 and any(want)
     impls = model.TRAINED if case.phase == "training" else model.IMPLEMENTATIONS
     for impl in impls:
-        assert model.distance(turns.answer(impl, TINY, case), want) < model.BAND["float32"]
-        turn = turns.turn(impl, TINY, case)
+        assert model.distance(model_worker.answer(impl, TINY, case), want) < model.BAND["float32"]
+        turn = model_worker.turn(impl, TINY, case)
         assert turn.ms > 0 and turn.peak_bytes > 0
     see_half(monkeypatch)
-    wrong = turns.answer("triton_fa2", TINY, case)
+    wrong = model_worker.answer("triton_fa2", TINY, case)
     assert model.distance(wrong, want) > max(model.BAND.values())
 
 
@@ -90,10 +90,10 @@ def test_nan_is_never_near() -> None:
     assert not model.distance([float("nan"), 1.0], [1.0, 1.0]) <= 1
 
 
-@pytest.mark.parametrize("impl", ["triton_fa2", turns.PAGED])
+@pytest.mark.parametrize("impl", ["triton_fa2", model_worker.PAGED])
 def test_a_filled_cache_is_what_attention_reads(impl: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The values of its first layer turned round, and the answer is another."""
-    filled = turns.fill
+    filled = model_worker.fill
     caches: list[Any] = []
 
     def watched(cache: Any, *rest: Any) -> None:
@@ -101,14 +101,14 @@ def test_a_filled_cache_is_what_attention_reads(impl: str, monkeypatch: pytest.M
         assert cache.get_seq_length() == DECODE.context
         if caches:
             layer = cache.layers[0]
-            (layer.v_pages if impl == turns.PAGED else layer.values).neg_()
+            (layer.v_pages if impl == model_worker.PAGED else layer.values).neg_()
         caches.append(cache)
 
-    monkeypatch.setattr(turns, "fill", watched)
-    first, second = (turns.answer(impl, TINY, DECODE) for _ in range(2))
+    monkeypatch.setattr(model_worker, "fill", watched)
+    first, second = (model_worker.answer(impl, TINY, DECODE) for _ in range(2))
     assert model.distance(second, first) > max(model.BAND.values())
-    monkeypatch.setattr(turns, "fill", filled)
-    assert turns.answer(impl, TINY, DECODE) == first
+    monkeypatch.setattr(model_worker, "fill", filled)
+    assert model_worker.answer(impl, TINY, DECODE) == first
 
 
 def test_rows_of_their_own_processes(tmp_path: Path) -> None:
@@ -117,13 +117,13 @@ def test_rows_of_their_own_processes(tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "m", kv_heads=2)
     options: dict[str, Any] = {
         "contexts": [24], "batches": [1], "rounds": 2, "threads": 1, "out": out,
-        "impls": ["sdpa", turns.PAGED, model.WINDOWED],
+        "impls": ["sdpa", model_worker.PAGED, model.WINDOWED],
     }  # fmt: skip
     said: list[str] = []
     found = model.run(folder, phases=["prefill", "decode"], **options, say=said.append)
     # this model has no window, so triton_swa has nothing to do
     assert [(row["phase"], row["impl"]) for row in found] == [
-        (phase, impl) for phase in ("prefill", "decode") for impl in ("sdpa", turns.PAGED)
+        (phase, impl) for phase in ("prefill", "decode") for impl in ("sdpa", model_worker.PAGED)
     ]
     for row in found:
         tokens = 24 if row["phase"] == "prefill" else 1
@@ -143,29 +143,29 @@ def test_a_run_stops_at_its_budget(here: None) -> None:
 
 
 def test_what_is_wrong_is_not_timed(here: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = turns.answer
+    right = model_worker.answer
 
     def off(impl: str, subject: Subject, case: Case) -> list[float]:
         values = right(impl, subject, case)
         return [1.01 * x for x in values] if impl == "triton_fa2" else values
 
-    monkeypatch.setattr(turns, "answer", off)
+    monkeypatch.setattr(model_worker, "answer", off)
     timed: list[str] = []
-    turn = turns.turn
-    monkeypatch.setattr(turns, "turn", lambda impl, *a: timed.append(impl) or turn(impl, *a))
+    turn = model_worker.turn
+    monkeypatch.setattr(model_worker, "turn", lambda impl, *a: timed.append(impl) or turn(impl, *a))
     with pytest.raises(RuntimeError, match=r"decode of 1 x 16 tokens: triton_fa2 is off by \d"):
         model.run(
             shape="tiny", phases=["decode"], contexts=[16], batches=[1], rounds=1, threads=1,
-            impls=["sdpa", "triton_fa2", turns.PAGED],
+            impls=["sdpa", "triton_fa2", model_worker.PAGED],
         )  # fmt: skip
-    assert timed == ["sdpa", turns.PAGED]
+    assert timed == ["sdpa", model_worker.PAGED]
 
 
 def test_what_does_not_fit_is_a_row_without_times(
     here: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Too large by the guess, or by the device's own word, also in the middle."""
-    answer, turn = turns.answer, turns.turn
+    answer, turn = model_worker.answer, model_worker.turn
 
     def full(impl: str, *rest: Any) -> Any:
         if impl == "triton_fa2":
@@ -177,21 +177,21 @@ def test_what_does_not_fit_is_a_row_without_times(
             raise RuntimeError("sdpa: its process ended with -9")
         return turn(impl, *rest)
 
-    monkeypatch.setattr(turns, "answer", full)
-    monkeypatch.setattr(turns, "turn", broken)
+    monkeypatch.setattr(model_worker, "answer", full)
+    monkeypatch.setattr(model_worker, "turn", broken)
     monkeypatch.setattr(model, "needed", lambda case, known, impl: 1 << 60 * (impl == "eager"))
     found = model.run(
         shape="tiny", phases=["prefill"], contexts=[16], rounds=1, threads=1,
-        impls=["sdpa", "triton_fa2", turns.PAGED, "eager"],
+        impls=["sdpa", "triton_fa2", model_worker.PAGED, "eager"],
     )  # fmt: skip
     assert {row["impl"]: row["why_not"] for row in found} == {
-        "triton_fa2": "does not fit", "eager": "does not fit", turns.PAGED: "",
+        "triton_fa2": "does not fit", "eager": "does not fit", model_worker.PAGED: "",
     }  # fmt: skip
 
 
 def test_memory_that_is_clearly_too_much() -> None:
     """A Llama-3-8B: 128 KiB of keys and values a token; eager's scores grow with the square."""
-    facts = turns.Facts(
+    facts = model_worker.Facts(
         bytes=16 << 30, free_bytes=120 << 30, layers=32, heads=32, kv_bytes=128 << 10, width=4096,
         inner=14336, vocabulary=128256, itemsize=2,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def test_the_tolerance_is_eagers_own_rounding(here: None, monkeypatch: pytest.Mo
         asked.append((impl, case))
         return answers[impl]
 
-    monkeypatch.setattr(turns, "answer", answer)
+    monkeypatch.setattr(model_worker, "answer", answer)
     with ExitStack() as stack:
         bench = model.Bench(TINY, print, stack)
         long = Case(phase="decode", batch=8, context=8192)

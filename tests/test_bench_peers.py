@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench import gpu, peers
 from torch import Tensor
 
 from hf_attn_kernels.reference import attention_reference
-from hf_attn_patch.bench import gpu, peers
-from hf_attn_patch.bench.contenders import Attention, Shape
+from hf_attn_patch.bench.baselines import Attention, Shape
 
 CPU = torch.device("cpu")
 SMALL = Shape(
@@ -65,7 +65,7 @@ def test_flash_attention_1_says_what_it_was_not_made_for() -> None:
 COMPILE = """
 import torch
 from hf_attn_kernels.triton import aot
-from hf_attn_patch.bench import fa1
+from bench import fa1
 meta = {"device": "meta"}
 for dim in (64, 128, 256):
     x = torch.empty(1, 4096, 16, dim, dtype=torch.bfloat16, **meta)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_attn_patch.bench import rows
+from hf_attn_patch.bench import results
 from hf_attn_patch.bench.flops import attention_flops, kv_bytes, visible_pairs
 
-ENV = rows.Environment(
+ENV = results.Environment(
     device="a chip",
     threads=1,
     torch="2",
@@ -20,8 +20,8 @@ ENV = rows.Environment(
     commit="c",
     date="2026-01-01",
 )
-TIMING = rows.Timing(p20_ms=1.0, p50_ms=2.0, p80_ms=3.5)
-ROW = rows.BenchRow(
+TIMING = results.Timing(p20_ms=1.0, p50_ms=2.0, p80_ms=3.5)
+ROW = results.BenchRow(
     impl="sdpa",
     pass_="forward",
     dtype="bf16",
@@ -38,11 +38,11 @@ ROW = rows.BenchRow(
 
 def test_rows_come_back_in_the_promised_columns(tmp_path):
     path = tmp_path / "deep" / "bench.csv"
-    rows.append_rows(path, [ROW])
-    rows.append_rows(path, [replace(ROW, impl="eager", window=32, tflops=1.25, causal=False)])
+    results.append_rows(path, [ROW])
+    results.append_rows(path, [replace(ROW, impl="eager", window=32, tflops=1.25, causal=False)])
     with path.open() as file:
-        assert next(csv.reader(file)) == rows.COLUMNS
-    first, second = rows.read_rows(path)
+        assert next(csv.reader(file)) == results.COLUMNS
+    first, second = results.read_rows(path)
     assert (first["impl"], first["pass"], first["p50_ms"], first["window"]) == (
         "sdpa",
         "forward",
@@ -54,37 +54,37 @@ def test_rows_come_back_in_the_promised_columns(tmp_path):
 
 def test_a_resumed_run_finds_what_was_measured(tmp_path):
     path = tmp_path / "bench.csv"
-    rows.append_rows(path, [ROW])
+    results.append_rows(path, [ROW])
     plan = replace(ROW, timing=None, env=replace(ENV, date="2027-01-01", commit="later"))
-    assert plan.key() in rows.measured_keys(path)
+    assert plan.key() in results.measured_keys(path)
     for other in (replace(plan, seq_q=64), replace(plan, env=replace(ENV, device="another chip"))):
-        assert other.key() not in rows.measured_keys(path)
-    assert rows.measured_keys(tmp_path / "absent.csv") == set()
+        assert other.key() not in results.measured_keys(path)
+    assert results.measured_keys(tmp_path / "absent.csv") == set()
 
 
 def test_other_columns_are_refused(tmp_path):
     path = tmp_path / "bench.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="columns a,b"):
-        rows.append_rows(path, [ROW])
+        results.append_rows(path, [ROW])
 
 
 def test_every_contender_is_called_once_a_round():
     calls: list[str] = []
     contenders = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    timed = rows.time_interleaved(contenders, rounds=6, warmup=1)
+    timed = results.time_interleaved(contenders, rounds=6, warmup=1)
     assert set(timed) == set("abc") and len(calls) == 3 * 7
     assert all(sorted(calls[i : i + 3]) == ["a", "b", "c"] for i in range(0, 21, 3))
     assert len({tuple(calls[i : i + 3]) for i in range(3, 21, 3)}) == 3  # the order turns
 
 
 def test_percentiles_interpolate():
-    timing = rows.percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
+    timing = results.percentiles([5.0, 1.0, 2.0, 3.0, 4.0, 6.0])
     assert (timing.p20_ms, timing.p50_ms, timing.p80_ms) == (2.0, 3.5, 5.0)
 
 
 def test_the_environment_names_its_machine():
-    env = rows.environment("cpu")
+    env = results.environment("cpu")
     assert env.torch == torch.__version__ and env.threads == torch.get_num_threads() and env.device
 
 

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import draw_results
+from bench import gpu
 
-from hf_attn_patch.bench import gpu, rows
+from hf_attn_patch.bench import results as rows
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ import hf_attn_patch
 from hf_attn_patch import PagedCache, Rejected, check
 from hf_attn_patch.attention import mla
 from hf_attn_patch.bench import mla as bench
-from hf_attn_patch.bench.rows import read_rows
+from hf_attn_patch.bench.results import read_rows
 from hf_attn_patch.transformers_compat import latent_layers as adapter
 
 # -- the cost rule --------------------------------------------------------------------------------

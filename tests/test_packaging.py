@@ -123,7 +123,7 @@ RULES = (
         )
         for file in ("compare/models", "bench/options")
     ),
-    ImportRule(part="hf_attn_patch/bench/fa1.py", only=frozenset({"torch", "triton"})),
+    ImportRule(part="scripts/bench/fa1.py", only=frozenset({"torch", "triton", "hf_attn_patch"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
     ImportRule(part="scripts", lazily=frozenset({"triton", "transformers"})),
 )

@@ -9,10 +9,10 @@ import pytest
 import result_tables as tool
 from tables import attention, compiled, conversion, implementations, models, slower, whole
 
-from hf_attn_patch.bench import rows
+from hf_attn_patch.bench import results
 from hf_attn_patch.registry import Capabilities
 
-ENV = rows.Environment(
+ENV = results.Environment(
     device="chip",
     threads=1,
     torch="2.13",
@@ -23,9 +23,9 @@ ENV = rows.Environment(
 )
 
 
-def row(impl: str, p50: float, **changes) -> rows.BenchRow:
-    timing = rows.Timing(p20_ms=p50 * 0.9, p50_ms=p50, p80_ms=p50 * 1.1)
-    plain = rows.BenchRow(
+def row(impl: str, p50: float, **changes) -> results.BenchRow:
+    timing = results.Timing(p20_ms=p50 * 0.9, p50_ms=p50, p80_ms=p50 * 1.1)
+    plain = results.BenchRow(
         impl=impl,
         pass_="forward",
         dtype="bf16",
@@ -71,11 +71,11 @@ def test_without_results_the_tables_say_so(tmp_path):
 
 
 def test_cpu_peers_are_multiples_of_ours(tmp_path):
-    measured = [row(rows.OURS, 100.0), row("sdpa_mask", 250.0), row("eager", 1234.0)]
+    measured = [row(results.OURS, 100.0), row("sdpa_mask", 250.0), row("eager", 1234.0)]
     measured += [
         row("sdpa_mask", 5.0, seq_q=1, extra="page=16", window=512)
     ]  # nobody of ours: no line
-    rows.append_rows(tmp_path / attention.CPU_CSV, measured)
+    results.append_rows(tmp_path / attention.CPU_CSV, measured)
     table = attention.cpu_table(1)(tmp_path)
     assert "100 ms (90.0 to 110)" in table and "sdpa_mask 2.50× · eager 12.3×" in table
     assert "on chip, 1 thread; torch 2.13" in table and "page=16" not in table
@@ -83,9 +83,9 @@ def test_cpu_peers_are_multiples_of_ours(tmp_path):
 
 def test_the_newest_row_counts_and_each_way_of_ours_has_a_line(tmp_path):
     newer = replace(ENV, date="2026-02-01")
-    measured = [row(rows.OURS, 50.0, env=newer), row(rows.OURS, 100.0), row("sdpa", 100.0)]
-    measured += [row(f"{rows.OURS}:split", 25.0)]
-    rows.append_rows(tmp_path / attention.CPU_CSV, measured)
+    measured = [row(results.OURS, 50.0, env=newer), row(results.OURS, 100.0), row("sdpa", 100.0)]
+    measured += [row(f"{results.OURS}:split", 25.0)]
+    results.append_rows(tmp_path / attention.CPU_CSV, measured)
     plain, split = attention.cpu_table(1)(tmp_path).splitlines()[2:4]
     assert "sdpa 2.00×" in plain and "by the" not in plain
     assert "sdpa 4.00×" in split and ", by the split |" in split
@@ -93,14 +93,14 @@ def test_the_newest_row_counts_and_each_way_of_ours_has_a_line(tmp_path):
 
 def test_gpu_rates_stand_in_columns_with_the_ceiling(tmp_path):
     measured = [
-        row(rows.OURS, 1.0, tflops=480.0),
+        row(results.OURS, 1.0, tflops=480.0),
         row("sdpa_cudnn", 1.0, tflops=590.4),
-        row(rows.OURS, 1.0, tflops=300.0, seq_q=512, seq_k=512),
+        row(results.OURS, 1.0, tflops=300.0, seq_q=512, seq_k=512),
         row("matmul", 1.0, pass_="ceiling", extra="matmul", tflops=790.0),
         row("copy", 1.0, pass_="ceiling", extra="copy", gbytes_s=4300.0),
-        row(rows.OURS, 0.009, pass_="decode", seq_q=1, extra="launch"),
+        row(results.OURS, 0.009, pass_="decode", seq_q=1, extra="launch"),
     ]
-    rows.append_rows(tmp_path / attention.GPU_CSV, measured)
+    results.append_rows(tmp_path / attention.GPU_CSV, measured)
     table = attention.gpu_table("forward")(tmp_path)
     assert "| TFLOP/s | dtype | hf_attn_patch | sdpa_cudnn |" in table
     assert "| bf16 | 480 | 590 |" in table and "| bf16 | 300 | – |" in table
@@ -171,21 +171,21 @@ def test_models_and_trainings_are_shown_as_measured(tmp_path):
 
 def test_a_slower_row_needs_a_reason(tmp_path, project, capsys):
     """10% behind by median and by p20; pages are not measured against a cache without pages."""
-    behind = [row(rows.OURS, 111.0), row("sdpa", 100.0), row("eager", 300.0)]
+    behind = [row(results.OURS, 111.0), row("sdpa", 100.0), row("eager", 300.0)]
     even = {"seq_k": 512, "seq_q": 512}
-    fine = [row(rows.OURS, 109.0, **even), row("sdpa", 100.0, **even)]
+    fine = [row(results.OURS, 109.0, **even), row("sdpa", 100.0, **even)]
     pages = {"pass_": "decode", "seq_q": 1, "extra": "page=16"}
-    fine += [row(rows.OURS, 40.0, **pages), row("contiguous_cache", 20.0, **pages)]
+    fine += [row(results.OURS, 40.0, **pages), row("contiguous_cache", 20.0, **pages)]
     fine += [row("gather", 50.0, **pages)]
-    rows.append_rows(tmp_path / attention.CPU_CSV, fine)
+    results.append_rows(tmp_path / attention.CPU_CSV, fine)
     assert "No row takes more than 1.10 ×" in slower.slower_table(tmp_path)
-    rows.append_rows(tmp_path / attention.CPU_CSV, behind)
+    results.append_rows(tmp_path / attention.CPU_CSV, behind)
     with pytest.raises(ValueError, match=r"4096.* bf16, 1 thread, on chip: 1\.11 × sdpa's time"):
         slower.slower_table(tmp_path)
     assert tool.main([*arguments(project), "--check"]) == 1  # what `make check` runs
     assert "without a reason" in capsys.readouterr().err
-    other = slower.Reason(impl=rows.OURS, dtype="fp32", why="rounding")
-    meant = slower.Reason(impl=rows.OURS, dtype="bf16", sizes="4096", why="because")
+    other = slower.Reason(impl=results.OURS, dtype="fp32", why="rounding")
+    meant = slower.Reason(impl=results.OURS, dtype="bf16", sizes="4096", why="because")
     with pytest.raises(ValueError, match="without a reason"):
         slower.slower_table(tmp_path, [other])
     table = slower.slower_table(tmp_path, [other, meant])
@@ -193,9 +193,9 @@ def test_a_slower_row_needs_a_reason(tmp_path, project, capsys):
 
 
 def test_one_busy_moment_is_no_finding(tmp_path):
-    busy = rows.Timing(p20_ms=95.0, p50_ms=130.0, p80_ms=300.0)
-    measured = [row(rows.OURS, 1.0, timing=busy), row("sdpa", 100.0)]
-    rows.append_rows(tmp_path / attention.CPU_CSV, measured)
+    busy = results.Timing(p20_ms=95.0, p50_ms=130.0, p80_ms=300.0)
+    measured = [row(results.OURS, 1.0, timing=busy), row("sdpa", 100.0)]
+    results.append_rows(tmp_path / attention.CPU_CSV, measured)
     assert "No row" in slower.slower_table(tmp_path)
 
 
@@ -215,7 +215,7 @@ def test_whole_models_stand_beside_sdpa(tmp_path):
         {"impl": "sdpa", "p50_ms": 1500, "phase": "training", "checkpointing": 1},
         {"impl": "sdpa", "p50_ms": 7, "device": "another", "phase": "prefill"},
     ]
-    rows.append_table(tmp_path / "model_cpu.csv", COLUMNS, [common | row for row in measured])
+    results.append_table(tmp_path / "model_cpu.csv", COLUMNS, [common | row for row in measured])
     text = whole.model_table("prefill", "decode")(tmp_path)
     assert "| work | tokens | `sdpa` | `triton_fa2` | `eager` |" in text
     line = (
@@ -237,5 +237,5 @@ def test_short_prompts_are_ratios_of_sdpas_time(tmp_path):
         {"impl": "sdpa", "p50_ms": 100, "of_sdpa_time": 1},
         {"impl": "triton_fa2", "p50_ms": 101, "of_sdpa_time": 1.0125},
     ]
-    rows.append_table(tmp_path / whole.SHORT_CSV, COLUMNS, [common | row for row in measured])
+    results.append_table(tmp_path / whole.SHORT_CSV, COLUMNS, [common | row for row in measured])
     assert "| m | float32 | 16 + 32 | 100 ms | 1.012 |" in whole.short_table(tmp_path)

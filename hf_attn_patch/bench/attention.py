@@ -19,19 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contenders import (
-    DTYPES,
-    Shape,
-    dense_mask,
-    flex,
-    ours,
-    sdpa,
-    sdpa_packed,
-    transformers_sdpa,
-)
+from .baselines import DTYPES, Shape, dense_mask, flex, ours, sdpa, sdpa_packed, transformers_sdpa
 from .flops import rate_per_s
-from .gate import worst_error
-from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
+from .results import OURS, BenchRow, append_rows, environment, time_interleaved
+from .tolerance import worst_error
 
 Contenders = dict[str, Callable[[], Tensor]]
 

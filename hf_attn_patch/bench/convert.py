@@ -173,7 +173,7 @@ def measure(
     work: Path, gigabytes: float, shards: int, rounds: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """One row per contender, all run in turn in every round."""
-    from .rows import environment, percentiles
+    from .results import environment, percentiles
 
     source, target = work / "source", work / "target"
     source.mkdir()
@@ -258,7 +258,7 @@ def run(
     with tempfile.TemporaryDirectory(dir=folder) as work:
         rows = measure(Path(work), gigabytes, shards, rounds, say)
     if out is not None:
-        from .rows import append_table
+        from .results import append_table
 
         append_table(out, COLUMNS, rows)
     return rows

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .alone import Alone
 from .memory import Memory
 from .shapes import SHAPES, check, load
+from .worker import Alone
 
 OURS = "triton_paged_flash2"
 IMPLEMENTATIONS = (OURS, "sdpa", "eager")
@@ -171,7 +171,7 @@ def measure(
 def rows_of(samples: dict[str, list[Sample]], work: Workload) -> list[dict[str, Any]]:
     import torch
 
-    from .rows import environment, percentiles
+    from .results import environment, percentiles
 
     torch.set_num_threads(work.threads)
     made = len(work.prompts) * work.new_tokens
@@ -271,7 +271,7 @@ def run(
     )
     rows = measure(impls or IMPLEMENTATIONS, work, rounds, say)
     if out is not None:
-        from .rows import append_table
+        from .results import append_table
 
         append_table(out, COLUMNS, rows)
     return rows

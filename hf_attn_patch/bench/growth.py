@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contenders import DTYPES, Shape, ours, ours_kvcache
-from .gate import forward_budget, gradient_budgets, gradients
-from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
+from .baselines import DTYPES, Shape, ours, ours_kvcache
+from .results import OURS, BenchRow, append_rows, environment, time_interleaved
+from .tolerance import forward_budget, gradient_budgets, gradients
 
 FITTED_FROM = 4096
 BUDGET_S = 10.0  # of a length
@@ -157,7 +157,7 @@ def _check_gradients(leaves: Sequence[Tensor], shape: Shape) -> None:
     """By the oracle's own gradients, at the first length only: the oracle is dense."""
     from hf_attn_kernels.reference import attention_reference
 
-    from .contenders import eager
+    from .baselines import eager
 
     def oracle(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
         causal, window = shape.causal, shape.window_size

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ..transformers_compat import latent_layers as adapter
 from ..transformers_compat.compat import implementation_of
-from .gate import ROUNDING_BAND
-from .rows import OURS, BenchRow, append_rows, environment, time_interleaved
+from .results import OURS, BenchRow, append_rows, environment, time_interleaved
+from .tolerance import ROUNDING_BAND
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KEYS = (1024, 4096, 16384)

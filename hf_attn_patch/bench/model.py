@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..registry import list_implementations
-from . import shapes, turns
-from .alone import Alone
-from .rows import append_table, environment, percentiles, read_table
-from .turns import Case, Facts, Subject, Turn
+from . import model_worker, shapes
+from .model_worker import Case, Facts, Subject, Turn
+from .results import append_table, environment, percentiles, read_table
+from .worker import Alone
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ BASE = "sdpa"
 OURS = tuple(impl.name for impl in list_implementations())
 WINDOWED = "triton_swa"  # needs a window
 TRAINED = (BASE, "eager", "triton_fa2")
-IMPLEMENTATIONS = (BASE, "eager", "triton_fa2", WINDOWED, turns.PAGED)
+IMPLEMENTATIONS = (BASE, "eager", "triton_fa2", WINDOWED, model_worker.PAGED)
 # An answer may be so far from sdpa's, in units of its size; or three times as far as eager's on a
 # short text: how much a model makes of a rounding depends on its weights. Where a model has no sdpa
 # there is no such yardstick, and eager's answer is compared with, in a wider band.
@@ -102,7 +102,9 @@ class Bench:
         if case.phase not in self.allowed:
             band = BAND[self.subject.dtype]
             small = Case(phase=case.phase, batch=1, context=min(case.context, YARDSTICK))
-            base, plain = (self.attempt(small, impl, turns.answer) for impl in (BASE, "eager"))
+            base, plain = (
+                self.attempt(small, impl, model_worker.answer) for impl in (BASE, "eager")
+            )
             if isinstance(base, str) or isinstance(plain, str):
                 self.allowed[case.phase] = WIDER * band
             else:
@@ -167,7 +169,7 @@ def run(
             if time.monotonic() - start > budget_s:
                 say(f"out of time before {len(cases) - number} of {len(cases)} cases: run it again")
                 break
-            known = known or bench.call(BASE, turns.facts, subject)
+            known = known or bench.call(BASE, model_worker.facts, subject)
             rows = measure(bench, case, wanted, known, 1 if quick else rounds)
             rows = [shared | row for row in rows if _key(shared | row) not in done]
             rows = [{column: row.get(column, "") for column in COLUMNS} for row in rows]
@@ -212,7 +214,7 @@ def measure(
             bench.say(f"{case}: {impl} does not fit")
             got: list[float] | str = WHY_NOT["out of memory"]
         else:
-            got = bench.attempt(case, impl, turns.answer)
+            got = bench.attempt(case, impl, model_worker.answer)
         if isinstance(got, str):
             rows += [{"impl": impl, "why_not": got}] if got else []
             continue
@@ -228,7 +230,7 @@ def measure(
         names = list(samples)
         shift = number % max(1, len(names))
         for impl in names[shift:] + names[:shift]:
-            sample = bench.attempt(case, impl, turns.turn)
+            sample = bench.attempt(case, impl, model_worker.turn)
             if isinstance(sample, Turn):
                 samples[impl].append(sample)
             else:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .rows import append_table, environment, percentiles
+from .results import append_table, environment, percentiles
 
 BASE = "sdpa"
 IMPLEMENTATIONS = (BASE, "triton_fa2", "triton_paged_flash2")

@@ -78,7 +78,7 @@ def append(path: Path, rows: Iterable[Measured]) -> None:
 
     Raises ValueError when the file has other columns.
     """
-    from hf_attn_patch.bench.rows import environment
+    from hf_attn_patch.bench.results import environment
 
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hf_attn_patch.bench.growth import exponent
-from hf_attn_patch.bench.rows import OURS, read_rows
+from hf_attn_patch.bench.results import OURS, read_rows
 
 from .markdown import Row, measured_on, milliseconds, short, table, unmeasured
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_attn_patch.bench.rows import read_rows
+from hf_attn_patch.bench.results import read_rows
 
 from .attention import CPU_CSV, GPU_CSV, Problem, describe, grouped, is_ours
 from .markdown import Row, table, unmeasured

@@ -1,8 +1,8 @@
 """One turn of one implementation on a whole model: what is timed, and what it is checked by.
 
-Runs in a process of its own (:mod:`.alone`), which keeps the model in between. On a GPU one process
-serves all implementations in turn, on a CPU each has its own. Shape letters: B sequences, N tokens
-of context, V vocabulary.
+Runs in a process of its own (:mod:`.worker`), which keeps the model in between. On a GPU one
+process serves all implementations in turn, on a CPU each has its own. Shape letters: B sequences, N
+tokens of context, V vocabulary.
 """
 
 from __future__ import annotations

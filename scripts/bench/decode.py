@@ -3,7 +3,7 @@
 One query sees all keys, so the order of a row's pages changes nothing: a table that shuffles them
 makes a paged cache of the contiguous one, in the same memory and with the same answer.
 
-Legend as in :mod:`.contenders`.
+Legend as in :mod:`hf_attn_patch.bench.baselines`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .contenders import Attention, Shape
-from .rows import OURS
+from hf_attn_patch.bench.baselines import Attention, Shape
+from hf_attn_patch.bench.results import OURS
 
 PAGE_SIZES = (16, 64, 256)
 HEADS = ((32, 8), (32, 32), (64, 8))  # 4, 1 and 8 query heads per KV head

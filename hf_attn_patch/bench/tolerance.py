@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .contenders import Attention, Shape, eager
+from .baselines import Attention, Shape, eager
 
 if TYPE_CHECKING:
     from .attention import Trial

@@ -18,12 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import contenders as dense
-from . import decode, peers
-from .contenders import Attention, Shape, eager
-from .flops import rate_per_s
-from .gate import Budget, forward_budget, gradient_budgets, gradients
-from .rows import (
+from hf_attn_patch.bench import baselines as dense
+from hf_attn_patch.bench.baselines import Attention, Shape, eager
+from hf_attn_patch.bench.flops import rate_per_s
+from hf_attn_patch.bench.results import (
     OURS,
     BenchRow,
     Clock,
@@ -37,6 +35,9 @@ from .rows import (
     time_interleaved,
     wall_clock_ms,
 )
+from hf_attn_patch.bench.tolerance import Budget, forward_budget, gradient_budgets, gradients
+
+from . import decode, peers
 
 SEQUENCES = (512, 2048, 4096, 8192, 16384)
 TOKENS = 16384  # batch x sequence of a forward shape

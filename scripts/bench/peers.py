@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contenders import DTYPES, Attention, Shape, dense_mask, transformers_sdpa
+from hf_attn_patch.bench.baselines import DTYPES, Attention, Shape, dense_mask, transformers_sdpa
+
 from .decode import PAGE_SIZES, tables
 
 WORKSPACE_BYTES = 256 * 2**20  # FlashInfer asks for at least 128 MiB

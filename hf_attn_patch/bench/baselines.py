@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .flops import attention_flops, kv_bytes
-from .rows import OURS, BenchRow, Environment
+from .results import OURS, BenchRow, Environment
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contenders import Shape
+from hf_attn_patch.bench.baselines import Shape
 
 LOG2E = tl.constexpr(1.4426950408889634)
 BLOCK = 64  # queries and keys of a tile
