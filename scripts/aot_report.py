@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from hf_attn_kernels.triton.aot import AotCase, AotResult
+    from aot.aot import AotCase, AotResult
 
 
 @functools.cache
 def _cases(arch: str) -> list[AotCase]:
-    from hf_attn_kernels.triton.aot import aot_cases
+    from aot.aot import aot_cases
 
     return aot_cases(arch)
 
 
 def _compile(task: tuple[str, int]) -> AotResult:
     # cases hold jit functions, which do not pickle: a worker finds its own by number
-    from hf_attn_kernels.triton.aot import compile_case
+    from aot.aot import compile_case
 
     arch, number = task
     return compile_case(_cases(arch)[number], arch)
@@ -66,7 +66,7 @@ def complaint(result: AotResult) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    from hf_attn_kernels.triton.aot import CHIPS, AotResult
+    from aot.aot import CHIPS, AotResult
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="CSV to write; standard output by default")

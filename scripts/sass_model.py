@@ -208,7 +208,7 @@ def streamed_bytes(kernel: str, constexprs: Mapping[str, Any]) -> int:
 
 def rows(names: Sequence[str]) -> Iterator[Row]:
     """A row for each case, compiled now."""
-    from hf_attn_kernels.triton.aot import aot_cases, build, cuobjdump
+    from aot.aot import aot_cases, build, cuobjdump
 
     cases = {f"{case.kernel} {case.name}": case for case in aot_cases(ARCH)}
     unknown = [name for name in names if name not in cases]

@@ -139,7 +139,7 @@ def test_control_the_report_fails_on_a_tile_too_large(
 
 
 LISTED = """
-from hf_attn_kernels.triton.aot import CHIPS, aot_cases
+from aot.aot import CHIPS, aot_cases
 
 for arch, chip in CHIPS.items():
     for case in aot_cases(arch):
@@ -187,7 +187,7 @@ def test_nothing_to_compile_is_a_failure() -> None:
 SPECIALISE = """
 import torch, triton
 from triton.tools.tensor_descriptor import TensorDescriptor
-from hf_attn_kernels.triton.aot import case_from_arguments, compile_case
+from aot.aot import case_from_arguments, compile_case
 
 @triton.jit(do_not_specialize=["free"])
 def kernel(x, absent, one, sixteen, seven, free, big, factor, tile, B: triton.language.constexpr):

@@ -63,8 +63,10 @@ def test_flash_attention_1_says_what_it_was_not_made_for() -> None:
 
 
 COMPILE = """
+import sys
+sys.path.insert(0, "scripts")
 import torch
-from hf_attn_kernels.triton import aot
+from aot import aot
 from bench import fa1
 meta = {"device": "meta"}
 for dim in (64, 128, 256):

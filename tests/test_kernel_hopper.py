@@ -137,7 +137,7 @@ def test_control_every_fault_shows(fault: str) -> None:
 
 COMPILED = """
 import re
-from hf_attn_kernels.triton import aot, gluon_cases
+from aot import aot, gluon_cases
 for case in gluon_cases.aot_cases("sm_90"):
     if not case.name.startswith("bf16"):
         continue

@@ -22,7 +22,8 @@ from hf_attn_kernels.reference import attention_reference
 
 pytest.importorskip("triton")
 
-from hf_attn_kernels.triton import cases, mla_cases
+from aot import attention_cases, mla_cases
+
 from hf_attn_kernels.triton.append import append_launch
 from hf_attn_kernels.triton.decode_launch import Cache, launches, new_outputs
 from hf_attn_kernels.triton.forward_launch import Outputs
@@ -54,12 +55,14 @@ def attention_calls(chip: str) -> Iterator[Launch]:
                     None, length, 70, Pattern(scaling=1.0, window_right=0),
                 )  # fmt: skip
                 o = Outputs.of(x)
-                yield cases.forward_launch(x, o, chip)
+                yield attention_cases.forward_launch(x, o, chip)
                 assert x.bias is not None
                 dbias = meta(*x.bias.shape, dtype=torch.float32)
                 for dq_sum in (None, meta(*q.shape, dtype=torch.float32)):
-                    grads = cases.Gradients(q, k, k, dbias, dq_sum)
-                    yield from cases.backward_launches(x, o, o.out, None, o.lse, grads, chip)
+                    grads = attention_cases.Gradients(q, k, k, dbias, dq_sum)
+                    yield from attention_cases.backward_launches(
+                        x, o, o.out, None, o.lse, grads, chip
+                    )
 
 
 def cache_calls(chip: str) -> Iterator[Launch]:

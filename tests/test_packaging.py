@@ -125,6 +125,7 @@ RULES = (
     ),
     ImportRule(part="scripts/bench/fa1.py", only=frozenset({"torch", "triton", "hf_attn_patch"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),
+    ImportRule(part="scripts/aot", only=frozenset({"torch", "triton", "hf_attn_kernels"})),
     ImportRule(part="scripts", lazily=frozenset({"triton", "transformers"})),
 )
 

@@ -26,9 +26,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Launch
+from hf_attn_kernels.triton.launch import Launch
 
-CASE_MODULES = ("cases", "gluon_cases", "decode_cases", "mla_cases")
+CASE_MODULES = ("attention_cases", "gluon_cases", "decode_cases", "mla_cases")
 
 _POINTEES = {
     torch.float16: "fp16",

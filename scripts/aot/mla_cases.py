@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fp8 import E4M3
-from ..mla import MlaProblem
-from ..problem import Pattern
+from hf_attn_kernels.fp8 import E4M3
+from hf_attn_kernels.mla import MlaProblem
+from hf_attn_kernels.problem import Pattern
+from hf_attn_kernels.triton.mla import launches
+
 from .aot import AotCase, case_of
 from .decode_cases import BATCH, KEYS, NAMES, UNITS
-from .mla import launches
 
 
 @dataclass(frozen=True, kw_only=True)

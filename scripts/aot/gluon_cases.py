@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from hf_attn_kernels.triton.gluon_launch import RINGS, forward_launch, refusal
+
 from .aot import AotCase, case_of
-from .cases import Call, inputs
-from .gluon_launch import RINGS, forward_launch, refusal
+from .attention_cases import Call, inputs
 
 CALLS = tuple(
     Call(name=f"{name}-D{dim}-{kind}", dtype=dtype, head_dim=dim, **how)

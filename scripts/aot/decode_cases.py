@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..fp8 import E4M3
-from ..problem import NewKeys, Pattern, Rotary
+from hf_attn_kernels.fp8 import E4M3
+from hf_attn_kernels.problem import NewKeys, Pattern, Rotary
+from hf_attn_kernels.triton.append import append_launch
+from hf_attn_kernels.triton.decode_launch import Cache, launches, new_outputs
+from hf_attn_kernels.triton.launch import Launch
+
 from .aot import AotCase, case_of
-from .append import append_launch
-from .decode_launch import Cache, launches, new_outputs
-from .launch import Launch
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 BATCH, KEYS, UNITS = 4, 16384, 128  # sizes only matter in being multiples of 16

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..problem import Pattern
+from hf_attn_kernels.problem import Pattern
+from hf_attn_kernels.triton.backward_launch import Gradients, backward_launches, serves_joint
+from hf_attn_kernels.triton.config import COPY_ENGINE
+from hf_attn_kernels.triton.forward_launch import Outputs, forward_launch
+from hf_attn_kernels.triton.launch import Inputs, Launch
+from hf_attn_kernels.triton.options import without
+
 from .aot import AotCase, case_of
-from .backward_launch import Gradients, backward_launches, serves_joint
-from .config import COPY_ENGINE
-from .forward_launch import Outputs, forward_launch
-from .launch import Inputs, Launch
-from .options import without
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Every shipped kernel configuration, compiled ahead of time without a GPU."""
