@@ -65,7 +65,7 @@ test-oldest: $(OLDEST)/.ready
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) $(OLDEST_TESTS)
 
 theirs: $(VENV)/.ready
-	$(TEST_ENV) $(BIN) scripts/their_tests.py --families llama,bert $(ARGS)
+	$(TEST_ENV) $(BIN) scripts/upstream_tests.py --families llama,bert $(ARGS)
 
 # Processes that the tests start are measured too: [tool.coverage.run] in pyproject.toml.
 PACKAGES := hf_attn_patch converters/hf_attn_converters kernels/hf_attn_kernels

@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import fetch_checkpoint
-import measure_conversion
 import pytest
 import torch
+from experiments import measure_conversion
 from measure import reactions, texts
 from measure.encoders import embedding_scores, masked_rows, masked_scores
 from measure.language import spread_windows

@@ -23,7 +23,11 @@ PACKAGES = {
     "hf_attn_kernels": ROOT / "kernels" / "hf_attn_kernels",
     "hf_attn_converters": ROOT / "converters" / "hf_attn_converters",
 }
-SCRIPTS = sorted(path.name for path in (ROOT / "scripts").glob("*.py"))
+SCRIPTS = sorted(
+    path.relative_to(ROOT / "scripts").as_posix()
+    for pattern in ("*.py", "experiments/[!_]*.py")
+    for path in (ROOT / "scripts").glob(pattern)
+)
 
 # --- what an import pulls in ----------------------------------------------------------------------
 

@@ -14,7 +14,16 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from sass_model import Machine, blocks_at_once, flops, hot_loop, loaded, loops, model, parse  # noqa: E402
+from experiments.sass_model import (  # noqa: E402
+    Machine,
+    blocks_at_once,
+    flops,
+    hot_loop,
+    loaded,
+    loops,
+    model,
+    parse,
+)
 
 # An outer loop with two inner ones, the second behind a mask; as cuobjdump prints them.
 CODE = """
@@ -72,7 +81,7 @@ def test_blocks_by_what_runs_out_first() -> None:
 def test_a_shipped_kernel_is_read() -> None:
     """Its products are those of its tiles: 128 x 64 scores of 128 columns, twice."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    script, name = ROOT / "scripts" / "sass_model.py", "forward bf16-D128-full"
+    script, name = ROOT / "scripts" / "experiments" / "sass_model.py", "forward bf16-D128-full"
     done = subprocess.run(
         [sys.executable, str(script), "--only", name],
         env=env | {"PYTHONPATH": str(ROOT / "kernels")},

@@ -10,7 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from schedule_model import Model, ratios, started_when_free, tiles, to_and_fro  # noqa: E402
+from experiments.schedule_model import (  # noqa: E402
+    Model,
+    ratios,
+    started_when_free,
+    tiles,
+    to_and_fro,
+)
 
 SMALL = Model(places=2, block_m=4, block_n=2, cycles_pass=10, once=1, start=0)
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from their.fetch import LARGEST, unpack
 from tiny_checkpoints import edit_config, tiny_checkpoint
 from typer.testing import CliRunner
+from upstream.fetch import LARGEST, unpack
 
 from hf_attn_converters import convert
 from hf_attn_patch.cli import app

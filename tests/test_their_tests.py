@@ -1,15 +1,16 @@
-"""The verdict over transformers' own tests (scripts/their_tests.py), on outcomes made up here."""
+"""The verdict over transformers' own tests (scripts/upstream_tests.py), on outcomes made up
+here."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-import their_tests
-from their import differences, judge
-from their.differences import Difference
-from their.families import FAMILIES, inputs
-from their.judge import Run
+import upstream_tests
+from upstream import differences, judge
+from upstream.differences import Difference
+from upstream.families import FAMILIES, inputs
+from upstream.judge import Run
 
 PASS, FAIL, SKIP = "passed", "failed", "skipped"
 
@@ -40,7 +41,7 @@ def test_what_did_not_pass(ours: str, stock: str, good: bool) -> None:
     """Only what stock sdpa does too is excused; nothing hides behind a skip."""
     verdict = judge.judge("llama", run(test_a=PASS, test_b=ours), run(test_b=stock))
     assert verdict.good is good
-    assert ("UNEXPLAINED: test_b" in their_tests.line(verdict)) is not good
+    assert ("UNEXPLAINED: test_b" in upstream_tests.line(verdict)) is not good
     assert verdict.stock_too == (["test_b"] if ours == stock == FAIL else [])
 
 
@@ -56,7 +57,7 @@ def test_known_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     assert excused.good and excused.known == {"test_a": known.reason}
     assert not judge.judge("bert", run(test_a=FAIL), run(test_a=PASS)).good
     outdated = judge.judge("llama", run(test_a=PASS), run())
-    assert not outdated.good and "OUTDATED: test_a" in their_tests.line(outdated)
+    assert not outdated.good and "OUTDATED: test_a" in upstream_tests.line(outdated)
 
 
 def test_the_table_names_what_there_is() -> None:
@@ -79,11 +80,11 @@ def test_families_fit_their_tests(name: str) -> None:
 
 def test_misuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
-        their_tests.main(["--families", "llama,nothing"])
+        upstream_tests.main(["--families", "llama,nothing"])
     assert ended.value.code == 2
     assert "possible: llama, mistral" in capsys.readouterr().err
-    monkeypatch.setattr(their_tests, "pinned_version", lambda: "4.0.0")
-    assert their_tests.main([]) == 2
+    monkeypatch.setattr(upstream_tests, "pinned_version", lambda: "4.0.0")
+    assert upstream_tests.main([]) == 2
     assert "the tests are those of 4.0.0" in capsys.readouterr().err
 
 

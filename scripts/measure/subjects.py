@@ -107,7 +107,7 @@ SUBJECTS: Mapping[str, Subject] = {
     ),
     "fixture": Subject(
         checkpoint=ROOT / "tests" / "fixtures" / "tiny-llama-mha",
-        fetch="python scripts/train_fixture.py --text TEXT --target",
+        fetch="python scripts/experiments/train_fixture.py --text TEXT --target",
         kv_heads=(4, 2, 1),
         texts=prose,
         score=language_scores,

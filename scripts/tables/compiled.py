@@ -33,7 +33,10 @@ def sass_table(results: Path) -> str:
     """What the hot loops ask of the units of a multiprocessor, by the model of their code."""
     rows = csv_rows(results / SASS_CSV)
     if not rows:
-        return "*Not counted yet: `python scripts/sass_model.py --out results/sass_model.csv`.*"
+        return (
+            "*Not counted yet: `python scripts/experiments/sass_model.py --out "
+            "results/sass_model.csv`.*"
+        )
     units = ("matrix", "copy", "issue", "exp2", "other")
     head = ["kernel", "share of the peak", "binds", *units, "blocks"]
     lines = []

@@ -21,7 +21,7 @@ def convert_table(*subjects: str) -> Callable[[Path], str]:
         every = csv_rows(results / CONVERT_CSV)
         chosen = [row for row in every if not subjects or row["subject"] in subjects]
         if not chosen:
-            return unmeasured("Conversion", "python scripts/measure_conversion.py")
+            return unmeasured("Conversion", "python scripts/experiments/measure_conversion.py")
         rows = sorted(chosen, key=lambda row: row["date"])  # the newest of equal ones counts
         columns = [column for name in METHODS for column in (name, f"{name}, {OWN_TEXT}")]
         methods = [name for name in columns if any(_column(row) == name for row in rows)]
@@ -84,7 +84,7 @@ def gqa_table(results: Path) -> str:
     """KV heads and methods down, uptraining across; perplexity, KL from the source in brackets."""
     rows = csv_rows(results / GQA_CSV)
     if not rows:
-        return unmeasured("The GQA paper's experiment's", "python scripts/gqa_experiment.py")
+        return unmeasured("The GQA paper's experiment's", "python scripts/experiments/gqa.py")
     found: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         cell = found.setdefault((row["kv_heads"], row["method"]), {})
@@ -111,7 +111,7 @@ def latents_table(results: Path) -> str:
     """Sizes of the latent down, texts and methods across; the same of fewer KV heads beside it."""
     rows = sorted(csv_rows(results / LATENTS_CSV), key=lambda row: row["date"])
     if not rows:
-        return unmeasured("Latents'", "python scripts/mla_experiment.py")
+        return unmeasured("Latents'", "python scripts/experiments/mla.py")
     subject, before = rows[0]["subject"], int(rows[0]["values_before"])
     found: dict[tuple[int, str], dict[tuple[str, str], Row]] = {}
     for row in rows:

@@ -39,7 +39,7 @@ def heads_table(results: Path) -> str:
     """One model size with fewer and fewer KV heads, with and without a window."""
     rows = csv_rows(results / HEADS_CSV)
     if not rows:
-        return unmeasured("Decoding by KV heads", "python scripts/decode_by_heads.py")
+        return unmeasured("Decoding by KV heads", "python scripts/experiments/decode_by_heads.py")
     cells = [
         [
             row["variant"],

@@ -6,8 +6,8 @@ import importlib
 import unittest
 from typing import Any
 
-from their import plugin
-from their.families import FAMILIES, Tester
+from upstream import plugin
+from upstream.families import FAMILIES, Tester
 
 
 def theirs(module: str, name: str) -> type:

@@ -1,6 +1,7 @@
 """Decode time and quality by number of KV heads and local window: the MQA paper's table in small.
 
-    python scripts/decode_by_heads.py --text corpus.txt.xz --out results/decode_by_heads.csv
+    python scripts/experiments/decode_by_heads.py --text corpus.txt.xz \
+        --out results/decode_by_heads.csv
 
 Time: models of the fixture's shape with random weights, their MLPs widened until all have as many
 parameters as the one with all KV heads (Shazeer 2019 does the same), in turns. Quality: the fixture
@@ -18,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure.language import spread_windows
-from measure.texts import read_plain, split
 
 from hf_attn_converters import convert
 from hf_attn_converters.calibration import Calibration
@@ -29,7 +28,12 @@ from hf_attn_patch.compare.divergence import Quality, measure_quality
 from hf_attn_patch.compare.speed import Speed, measure_speed
 from hf_attn_patch.loading import LoadedModel, ModelSpec, load
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
+
+from measure.language import spread_windows
+from measure.texts import read_plain, split
+
+ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "tiny-llama-mha"
 WINDOWS = (None, 512, 31)  # Shazeer's local attention sees 31 tokens and the query's own
 ENVIRONMENT = ("device", "threads", "torch", "transformers", "commit", "date")

@@ -1,4 +1,4 @@
-"""transformers' own modelling tests, run on this package; see ../their_tests.py.
+"""transformers' own modelling tests, run on this package; see ../upstream_tests.py.
 
 =============  =====================================================================
 fetch          the tests: a source distribution by pip, its hash checked, unpacked

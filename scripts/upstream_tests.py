@@ -1,13 +1,13 @@
 """transformers' own modelling tests, with this package in the place of `sdpa`.
 
-    python scripts/their_tests.py
-    python scripts/their_tests.py --families llama,bert -k "eager_matches or batching" --json
+    python scripts/upstream_tests.py
+    python scripts/upstream_tests.py --families llama,bert -k "eager_matches or batching" --json
 
 Fetches the source distribution of the pinned release by pip (its hash is checked), takes the
 tests that it carries and runs them offline on tiny models: once with ours under the name `sdpa`,
 and what did not pass once more with transformers' own, so that what fails anyhow is told apart.
-Exit 0: every other failure is listed with its reason in their/differences.py, and every listed one
-still fails.
+Exit 0: every other failure is listed with its reason in upstream/differences.py, and every listed
+one still fails.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
-from their.families import FAMILIES
-from their.fetch import fetch, pinned_version
-from their.judge import Run, Verdict, judge
+from upstream.families import FAMILIES
+from upstream.fetch import fetch, pinned_version
+from upstream.judge import Run, Verdict, judge
 
 ROOT = Path(__file__).resolve().parents[1]
-CASES = ROOT / "scripts" / "their" / "cases.py"
+CASES = ROOT / "scripts" / "upstream" / "cases.py"
 CACHE = ROOT / ".cache" / "their_tests"
 # fmt: off
 COLUMNS = (
@@ -96,7 +96,7 @@ def run(
     with tempfile.TemporaryDirectory() as name:
         outcomes = Path(name) / "outcomes.json"
         command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir", name]
-        command += ["-p", "their.plugin", "-p", "no:cacheprovider", "-p", "no:warnings"]
+        command += ["-p", "upstream.plugin", "-p", "no:cacheprovider", "-p", "no:warnings"]
         command += ["--import-mode=importlib"]
         command += ["--family", family, "--in-place", in_place, "--outcomes", str(outcomes)]
         command += ["--their-tests", str(tests), "--their-wheel", str(wheel)]

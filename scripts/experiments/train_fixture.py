@@ -1,9 +1,9 @@
 """Train the small multi-head Llama under tests/fixtures/ on public-domain text; one CPU core.
 
-    python scripts/train_fixture.py --text corpus.txt.xz
+    python scripts/experiments/train_fixture.py --text corpus.txt.xz
 
-It sees the part of the text that scripts/measure_conversion.py calibrates on, never the held-out
-part. A byte-level BPE tokenizer is trained first, on the same text.
+It sees the part of the text that scripts/experiments/measure_conversion.py calibrates on, never the
+held-out part. A byte-level BPE tokenizer is trained first, on the same text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from measure.texts import read_plain, split
 from torch import Tensor
 
 from hf_attn_converters.precision import products
@@ -26,7 +25,11 @@ from hf_attn_converters.precision import products
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TARGET = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "tiny-llama-mha"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
+
+from measure.texts import read_plain, split
+
+TARGET = Path(__file__).resolve().parents[2] / "tests" / "fixtures" / "tiny-llama-mha"
 BEGIN = "<|endoftext|>"
 # 3.7 M parameters: 7.4 MB in bfloat16
 SIZES: dict[str, Any] = {

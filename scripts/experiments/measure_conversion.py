@@ -1,6 +1,7 @@
 """What converting a real checkpoint costs in quality, by merge method: rows for a CSV.
 
-    python scripts/measure_conversion.py smollm2 --text corpus.txt --out results/convert_quality.csv
+    python scripts/experiments/measure_conversion.py smollm2 --text corpus.txt \
+        --out results/convert_quality.csv
 
 A tenth of --text is held out: the methods calibrate on the rest. Every conversion is scored on the
 held-out part, on a text of another domain, and on each --eval text.
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from hf_attn_converters import ConvertResult, MergeMethod
     from hf_attn_converters.calibration import Calibration
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
 
 CALIBRATION = "calibration.txt"
 SUBJECTS = ("smollm2", "minilm", "rxnmapper", "fixture")

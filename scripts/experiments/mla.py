@@ -1,6 +1,6 @@
 """Quality against cache: a checkpoint with latents of many sizes, beside fewer KV heads.
 
-    python scripts/mla_experiment.py --text corpus.txt --sizes 192+192,128+64 --methods mla,mla+fit
+    python scripts/experiments/mla.py --text corpus.txt --sizes 192+192,128+64 --methods mla,mla+fit
 
 A size is R+P: columns of the latent and of the rotated key. Texts and scores are those of
 measure_conversion.py; its rows for fewer KV heads stand in the plot too. Rows that --out holds
@@ -21,7 +21,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from measure.subjects import Subject, Texts
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
+
+ROOT = Path(__file__).resolve().parents[2]
 OUT, PLOT = ROOT / "results" / "mla_quality.csv", ROOT / "docs" / "mla_quality.png"
 HEADS = ROOT / "results" / "convert_quality.csv"
 METHODS = ("mla", "mla+fit")

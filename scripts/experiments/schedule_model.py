@@ -1,6 +1,6 @@
 """In which order the forward's blocks should start: a model of a causal call, not a measurement.
 
-    PYTHONPATH=.:kernels python scripts/schedule_model.py
+    PYTHONPATH=.:kernels python scripts/experiments/schedule_model.py
 
 A GPU holds a number of blocks at a time and starts the next whenever one ends. For each causal
 shape of the benchmark's forward slice the blocks get a cost in cycles, their passes through the hot
@@ -22,6 +22,9 @@ import heapq
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
 
 
 @dataclass(frozen=True)

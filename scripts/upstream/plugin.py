@@ -1,4 +1,4 @@
-"""Inside pytest (`-p their.plugin`): ours in the place of sdpa, outcomes written down.
+"""Inside pytest (`-p upstream.plugin`): ours in the place of sdpa, outcomes written down.
 
 Touches transformers' two tables under the name of somebody else, which `hf_attn_patch.register`
 refuses to do: for this process only.

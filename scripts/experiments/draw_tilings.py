@@ -1,6 +1,6 @@
 """Draw how the kernels cut their work: the pictures of docs/how.
 
-python scripts/draw_tilings.py     # writes docs/how/*.svg
+python scripts/experiments/draw_tilings.py     # writes docs/how/*.svg
 
 Which tiles are read and which need a mask is worked out from the positions, as the kernels do.
 """
@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "how"
+OUT = Path(__file__).resolve().parents[2] / "docs" / "how"
 SKIPPED, PLAIN, MASKED, SINK, NOW = "#eceff3", "#7fb3e6", "#f2b668", "#9ccf8f", "#2b4a75"
 EDGE = "#ffffff"
 

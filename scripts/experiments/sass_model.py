@@ -1,6 +1,6 @@
 """How fast a kernel could run, counted from its machine code: a model, not a measurement.
 
-    PYTHONPATH=kernels python scripts/sass_model.py --out results/sass_model.csv
+    PYTHONPATH=kernels python scripts/experiments/sass_model.py --out results/sass_model.csv
 
 Each case is compiled for sm_90 and its hot loop is taken apart: what a block's pass through the
 loop asks of the tensor cores, of memory, of the issue slots and of every pipe, in cycles of one
@@ -25,6 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
 
 ARCH = "sm_90"
 LANES = 32  # threads of a warp

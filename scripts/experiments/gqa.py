@@ -1,6 +1,6 @@
 """The GQA paper's experiment in small: merge, uptrain, compare; a row per cell, resumable.
 
-    python scripts/gqa_experiment.py --text corpus_train.txt.xz --eval-text corpus_valid.txt.xz
+    python scripts/experiments/gqa.py --text corpus_train.txt.xz --eval-text corpus_valid.txt.xz
 
 A multi-head Llama (tests/fixtures/tiny-llama-mha) goes to fewer KV heads by each method and is
 uptrained on a share of the tokens that it was trained on, with cross-entropy or with the KL from
@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts/, for its packages
+
 from measure.texts import read_plain
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "tests" / "fixtures" / "tiny-llama-mha"
 OUT, PLOT = ROOT / "results" / "gqa_experiment.csv", ROOT / "docs" / "gqa_experiment.png"
 
