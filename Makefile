@@ -24,7 +24,8 @@ PIP := -m pip --disable-pip-version-check install -qq
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 # what touches names that differ between releases of transformers
-OLDEST_TESTS := $(addprefix tests/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers hub_kernel))
+OLDEST_TESTS := $(addprefix tests/patch/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers)) \
+	$(addprefix tests/repo/test_,$(addsuffix .py,hub_kernel))
 
 .PHONY: setup demo test test-newest test-oldest theirs coverage audit docs bench bench-model results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format

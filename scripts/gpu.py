@@ -62,7 +62,8 @@ SLICES = ("correctness", *TIMED, *WHOLE, "generate", "all")
 def correctness() -> int:
     """Run the kernel tests on the GPU; the exit code is pytest's."""
     tests = sorted(
-        str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_kernel_*.py")
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests" / "kernels").glob("test_kernel_*.py")
     )
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or not slow", *tests]
     return subprocess.run(command, cwd=ROOT, check=False).returncode

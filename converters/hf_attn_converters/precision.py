@@ -2,8 +2,8 @@
 
 Processors without instructions for bfloat16 still take it, at a hundredth to a fifth of float32's
 rate. The answer is read from the processor's flags and not timed: it is the same in every process
-of a run, in a run that is resumed, and on a loaded machine. tests/test_precision.py holds the flags
-to what the products really take.
+of a run, in a run that is resumed, and on a loaded machine. tests/converters/test_precision.py
+holds the flags to what the products really take.
 """
 
 from __future__ import annotations

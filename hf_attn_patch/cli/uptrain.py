@@ -1,7 +1,7 @@
 """`hf-attn uptrain`: train a converted checkpoint on the distributions of its source.
 
 Names, defaults and help are those of `hf_attn_converters.uptrain.UptrainOptions`, written again
-because --help must not wait for torch; tests/test_uptrain_script.py holds them together.
+because --help must not wait for torch; tests/cli/test_uptrain_script.py holds them together.
 """
 
 from __future__ import annotations

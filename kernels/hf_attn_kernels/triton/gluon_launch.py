@@ -1,8 +1,9 @@
 """Which calls go to the Hopper kernel of :mod:`.gluon_forward`, and how it is launched.
 
 Gluon is an experimental part of Triton and changes between releases, and nothing interprets it. The
-kernel's barriers are tested on a machine of threads (tests/gluon_machine.py) and its code is
-compiled ahead of time; until its tests have passed on a GPU it runs on request (:mod:`.options`).
+kernel's barriers are tested on a machine of threads (tests/support/gluon_machine.py) and its code
+is compiled ahead of time; until its tests have passed on a GPU it runs on request
+(:mod:`.options`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """New keys that the CPU extension writes by itself: the caches that torch's operators would leave.
 And calls that it runs again as it ran one of their kind before.
 
-Where a page is missing nothing is written: tests/test_kvcache.py.
+Where a page is missing nothing is written: tests/kernels/test_kvcache.py.
 """
 
 from __future__ import annotations

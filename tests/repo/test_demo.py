@@ -16,7 +16,7 @@ from tiny_checkpoints import tiny_checkpoint
 
 from hf_attn_converters import convert
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def script(name: str) -> ModuleType:
@@ -144,7 +144,7 @@ def test_a_cached_checkpoint_is_taken(tmp_path: Path) -> None:
 
 
 def test_what_was_fetched_can_be_converted(tmp_path: Path) -> None:
-    cached = Path(__file__).parent.parent / ".cache" / "smollm2-135m"
+    cached = Path(__file__).parents[2] / ".cache" / "smollm2-135m"
     if not (cached / "config.json").exists():
         pytest.skip("SmolLM2-135M is not cached; run make demo once")
     plan = convert(cached, tmp_path / "x", num_key_value_heads=1, dry_run=True).plan

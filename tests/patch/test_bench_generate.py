@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "bench_generate.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench_generate.py"
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

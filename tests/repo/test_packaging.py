@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
     "hf_attn_patch": ROOT / "hf_attn_patch",
     "hf_attn_kernels": ROOT / "kernels" / "hf_attn_kernels",
@@ -238,7 +238,9 @@ assert model(torch.arange(6)[None]).logits.isfinite().all()
 """
 
 
-@pytest.mark.parametrize("folder", ["kernels", "converters", "tests"])
+@pytest.mark.parametrize(
+    "folder", ["kernels", "converters", "tests", "tests/kernels", "tests/converters"]
+)
 def test_source_roots_are_no_packages(folder):
     assert (ROOT / folder).is_dir() and not (ROOT / folder / "__init__.py").exists()
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
 PAGES += [ROOT / folder / "README.md" for folder in ("kernels", "converters", "examples/text")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))

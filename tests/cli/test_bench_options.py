@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hf_attn_patch.bench import options, script
 from hf_attn_patch.cli import app
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
 @pytest.mark.parametrize("benchmark", options.BENCHMARKS)

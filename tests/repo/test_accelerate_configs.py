@@ -1,6 +1,7 @@
 """scripts/accelerate/*.yaml as accelerate itself reads them: every key known, every choice arrives.
 
-What runs with them is in tests/test_uptrain_processes.py; DeepSpeed is not in the environment.
+What runs with them is in tests/converters/test_uptrain_processes.py; DeepSpeed is not in the
+environment.
 """
 
 from __future__ import annotations

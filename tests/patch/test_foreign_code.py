@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_attn_patch.cli import app
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOADERS = ("from_pretrained", "from_config")
 CODE = """
 import pathlib

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FIXTURE = ROOT / "tests" / "fixtures" / "tiny-llama-mha"
 SERVE = ROOT / "scripts" / "serve.py"
 NEEDED = ("fastapi", "uvicorn", "openai")

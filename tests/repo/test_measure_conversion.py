@@ -22,7 +22,7 @@ from measure.subjects import SUBJECTS
 
 from hf_attn_converters import convert
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SPEECH = ROOT / "examples" / "text" / "state_of_the_union.txt"
 FIXTURE = ROOT / "tests" / "fixtures" / "tiny-llama-mha"
 

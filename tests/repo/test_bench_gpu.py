@@ -176,7 +176,7 @@ def test_the_shapes_are_those_of_the_published_tables():
 
 @pytest.fixture
 def script():
-    path = Path(__file__).parents[1] / "scripts" / "gpu.py"
+    path = Path(__file__).parents[2] / "scripts" / "gpu.py"
     spec = importlib.util.spec_from_file_location("gpu_script", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

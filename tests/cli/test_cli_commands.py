@@ -319,7 +319,7 @@ class TestFailures:
     "command",
     [
         ["-m", "hf_attn_patch.cli", "convert"],
-        [str(Path(__file__).parent.parent / "scripts" / "convert_checkpoint.py")],
+        [str(Path(__file__).parents[2] / "scripts" / "convert_checkpoint.py")],
     ],
     ids=["module", "script"],
 )
@@ -348,7 +348,7 @@ def test_in_a_process_of_its_own(command: list[str], source: Path, tmp_path: Pat
 
 
 def test_compare_script_prints_pure_json(source: Path) -> None:
-    script = Path(__file__).parent.parent / "scripts" / "compare_generation.py"
+    script = Path(__file__).parents[2] / "scripts" / "compare_generation.py"
     done = subprocess.run(
         [sys.executable, str(script), str(source), f"{source}@triton_fa2", "--json",
          "--text", str(source.parent / "text.txt"), "--max-tokens", "40", "--new-tokens", "2",
