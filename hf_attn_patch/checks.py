@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from .capabilities import Accepted, Rejected, Verdict
-from .config_values import layer_value
-from .model_code import parts
 from .registration import model_check
 from .registry import IMPLEMENTATIONS, AttentionImpl, is_registered
 from .swa_config import stored
 from .transformers_compat import compat
+from .transformers_compat.config_values import layer_value
+from .transformers_compat.model_code import parts
 
 NOT_CAUSAL = "use attn_implementation='triton_fa2'"
 

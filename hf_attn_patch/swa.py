@@ -12,9 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .cache.inputs import CACHE_NAMES, by_name, cache_name, find_cache
 from .cache.rolling import RollingCache, RollingLayer, rolling_layers
-from .config_values import layer_value
 from .swa_config import SwaSettings, required, store
 from .transformers_compat import compat
+from .transformers_compat.config_values import layer_value
 
 __all__ = ["SwaSettings", "configure_swa"]
 

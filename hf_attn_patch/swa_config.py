@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .config_values import layer_value
+from .transformers_compat.config_values import layer_value
 
 ATTRIBUTE = "hf_attn_swa"  # on the config, so that it is saved and loaded with the model
 

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from hf_attn_kernels import flash_attn_varlen_func, flash_attn_with_kvcache
 
-from .. import keywords
 from ..transformers_compat.continuous_cache import LayerPages, layer_pages, windowed_keys
-from . import batching_tables
+from . import batching_tables, keywords
 
 ByKind = dict[str, Any] | Any  # newer releases say it for each kind of layer
 Found = TypeVar("Found")

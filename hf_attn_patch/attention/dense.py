@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from hf_attn_kernels import flash_attn_func, flash_attn_varlen_func
 from hf_attn_kernels.dispatch import plain_attention
 
-from .. import keywords, packing
 from ..cache.page_storage import layer_of
 from ..masking import formats
 from ..swa_config import SwaSettings
 from ..transformers_compat import compat
-from ..weights import attention_weights
-from . import paged
+from . import keywords, packing, paged
+from .weights import attention_weights
 
 
 @dataclass(frozen=True, kw_only=True)

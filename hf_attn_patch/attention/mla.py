@@ -19,13 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from hf_attn_kernels import mla_decode
 
-from .. import keywords, packing
 from ..cache.page_storage import PagedLayer, layer_of
 from ..masking import formats
 from ..swa_config import OWN_WINDOWS
 from ..transformers_compat import compat
 from ..transformers_compat import latent_layers as adapter
-from . import dense, paged
+from . import dense, keywords, packing, paged
 from .dense import Call
 
 

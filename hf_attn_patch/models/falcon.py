@@ -40,7 +40,7 @@ def _positions_of_documents(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook: cu_seq_lens_q of a row becomes position_ids that start over."""
-    from .. import packing
+    from ..attention import packing
     from ..transformers_compat.compat import implementation_of
 
     offsets = kwargs.get("cu_seq_lens_q")
@@ -110,10 +110,10 @@ def _attention_class(name: str) -> type:
     # made late: importing Falcon's modelling file costs seconds that only Falcon's users should pay
     from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
-    from .. import packing
+    from ..attention import packing
     from ..attention.dense import Call, documents_of, run
+    from ..attention.weights import attention_weights
     from ..swa_config import OWN_WINDOWS, required
-    from ..weights import attention_weights
 
     class HfAttnFalconAttention(FalconAttention):
         """FalconAttention over the kernels; same weights, a cache of KV heads only."""

@@ -68,9 +68,9 @@ def _code_refuses(
     model_class: type[PreTrainedModel], model_type: str, name: str
 ) -> str | tuple[str, str] | None:
     """What in a model's code stands against an implementation: a reason, maybe with its fix."""
-    from .. import keywords
-    from ..model_code import model_code
+    from ..attention import keywords
     from ..transformers_compat import compat
+    from ..transformers_compat.model_code import model_code
 
     code = model_code(model_class)
     for table in code.tables:
@@ -115,9 +115,9 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
     config = module.__dict__.get("config")
     if config is None or getattr(config, "_attn_implementation", None) not in _names:
         return
-    from ..model_code import model_code
     from ..models import ADAPTERS
     from ..transformers_compat import compat, latent_layers
+    from ..transformers_compat.model_code import model_code
 
     if not isinstance(module, compat.PreTrainedModel):
         return

@@ -32,8 +32,8 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
-from ..config_values import layer_value
-from ..model_code import ModelCode, attention_classes, source_of
+from .config_values import layer_value
+from .model_code import ModelCode, attention_classes, source_of
 
 __all__ = [
     "Cache",

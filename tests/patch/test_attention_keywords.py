@@ -14,14 +14,19 @@ import transformers
 from tiny_models import LLAMA_LIKE, _fill, assert_close, build, having, tokens, worst
 
 import hf_attn_patch
-from hf_attn_patch import keywords
 from hf_attn_patch.attention import dense as forward
-from hf_attn_patch.model_code import ModelCode, attention_classes, model_code, parts
+from hf_attn_patch.attention import keywords
 from hf_attn_patch.registration.functions import (
     fa2_forward,
     mla_forward,
     paged_forward,
     swa_forward,
+)
+from hf_attn_patch.transformers_compat.model_code import (
+    ModelCode,
+    attention_classes,
+    model_code,
+    parts,
 )
 
 ROOT = Path(inspect.getfile(hf_attn_patch)).parents[1]

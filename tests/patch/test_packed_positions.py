@@ -19,7 +19,7 @@ from tiny_models import (
 from torch import Tensor
 
 import hf_attn_patch
-from hf_attn_patch import packing
+from hf_attn_patch.attention import packing
 
 LENGTHS = (9, 1, 4, 11)
 TOTAL = sum(LENGTHS)

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..masking import formats
 from . import packing
-from .masking import formats
 
 if TYPE_CHECKING:
-    from .attention.dense import Call
+    from .dense import Call
 
 
 def attention_weights(call: Call) -> Tensor:
