@@ -18,11 +18,10 @@ from . import import_hooks
 if TYPE_CHECKING:
     from .cache.paged import PagedCache
     from .cache.rolling import RollingCache
-    from .capabilities import Accepted, Rejected, Requirements, Verdict
+    from .capabilities import Accepted, Capabilities, Rejected, Requirements, Verdict
     from .checks import check
     from .registry import (
         AttentionImpl,
-        Capabilities,
         is_registered,
         list_implementations,
         register,
@@ -55,7 +54,7 @@ _HOME = {
     "RollingCache": "cache.rolling",
     "check": "checks",
     "AttentionImpl": "registry",
-    "Capabilities": "registry",
+    "Capabilities": "capabilities",
     "is_registered": "registry",
     "list_implementations": "registry",
     "register": "registry",

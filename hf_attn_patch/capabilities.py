@@ -1,10 +1,38 @@
-"""What an implementation needs, and the answer when somebody asks: Accepted or Rejected."""
+"""What an implementation can serve and needs, and the answer to who asks: Accepted or Rejected."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+
+# implementations that read a PagedCache; registry.py has the rest of what they can do
+PAGE_READERS = ("triton_fa2", "triton_swa", "triton_paged_flash2", "triton_mla")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What an implementation can serve; the columns of the README's table."""
+
+    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
+    head_dim_forward: int = 512  # largest
+    head_dim_backward: int = 256
+    causal: bool = True
+    full: bool = True
+    gqa: bool = True
+    latents: bool = False  # decode over cached latents (MLA), never expanded
+    window: bool = True
+    sink_tokens: bool = False  # first tokens kept beside the window
+    rolling_cache: bool = False  # KV memory O(window)
+    softcap: bool = True
+    sink_logits: bool = True  # s_aux of gpt-oss
+    bias: bool = True  # dense masks and position bias, with its gradient
+    padding: bool = True
+    packed: bool = True
+    dropout: bool = True
+    backward: bool = True
+    paged: bool = True  # PagedCache, for generate()
+    continuous_batching: bool = False  # transformers' generate_batch and server
 
 
 @dataclass(frozen=True)

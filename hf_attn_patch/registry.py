@@ -11,34 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .capabilities import DeviceRequirement, Requirements
+from .capabilities import Capabilities, DeviceRequirement, Requirements
 from .registration import functions, model_check
-from .transformers_compat import flash_names
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capabilities:
-    """What an implementation can serve; the columns of the README's table."""
-
-    dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
-    head_dim_forward: int = 512  # largest
-    head_dim_backward: int = 256
-    causal: bool = True
-    full: bool = True
-    gqa: bool = True
-    latents: bool = False  # decode over cached latents (MLA), never expanded
-    window: bool = True
-    sink_tokens: bool = False  # first tokens kept beside the window
-    rolling_cache: bool = False  # KV memory O(window)
-    softcap: bool = True
-    sink_logits: bool = True  # s_aux of gpt-oss
-    bias: bool = True  # dense masks and position bias, with its gradient
-    padding: bool = True
-    packed: bool = True
-    dropout: bool = True
-    backward: bool = True
-    paged: bool = True  # PagedCache, for generate()
-    continuous_batching: bool = False  # transformers' generate_batch and server
+from .transformers_compat import flash_names, tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +145,7 @@ def unregister(names: Iterable[str] | None = None) -> None:
 
 def is_registered(name: str) -> bool:
     """Whether transformers now knows `name`, and means this package by it."""
-    return all(_is_ours(table.get(name)) for _, table in functions.interfaces())
+    return all(_is_ours(table.get(name)) for _, table in tables.interfaces())
 
 
 class _Place(NamedTuple):
@@ -183,12 +158,12 @@ class _Place(NamedTuple):
 
 
 def _places(impl: AttentionImpl) -> Iterator[_Place]:
-    (attention, attentions), (mask, masks) = functions.interfaces()
+    (attention, attentions), (mask, masks) = tables.interfaces()
     yield _Place(attention, attentions, impl.name, impl.forward)
     yield _Place(mask, masks, impl.name, impl.mask)
-    if impl.supports.continuous_batching and functions.batching_prefix():
+    if impl.supports.continuous_batching and tables.batching_prefix():
         # without a mask: this name only ever gets a batch of the manager's, which needs none
-        yield _Place(attention, attentions, functions.batching_prefix() + impl.name, impl.forward)
+        yield _Place(attention, attentions, tables.batching_prefix() + impl.name, impl.forward)
 
 
 def _watch() -> None:

@@ -7,7 +7,7 @@ counts come from the tensors only: under tensor parallelism the config's are too
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,29 +21,8 @@ from ..masking import formats
 from ..swa_config import SwaSettings
 from ..transformers_compat import compat
 from . import keywords, packing, paged
+from .call import Call, one_dtype
 from .weights import attention_weights
-
-
-@dataclass(frozen=True, kw_only=True)
-class Call:
-    """One attention call, as the layer made it."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None  # one of mask_forms
-    causal: bool = True
-    window: int | None = None  # tokens, the query's own among them
-    sinks: int = 0  # first tokens that the window does not hide
-    scaling: float | None = None
-    softcap: float | None = None
-    dropout: float = 0.0
-    s_aux: Tensor | None = None  # [Hq]
-    position_bias: Tensor | None = None  # [B|1, H|1, Q|1, K], added
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
 
 
 def attend(
@@ -290,12 +269,3 @@ def _bias(call: Call, visible: formats.Visible) -> Tensor | None:
     if visible.dense.dtype == torch.bool:
         return bias.masked_fill(~visible.dense, float("-inf"))
     return bias + visible.dense
-
-
-def one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast eager's matmuls run in the autocast dtype whatever comes in: so do ours."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if x.dtype != dtype else x for x in tensors)

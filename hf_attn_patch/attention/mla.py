@@ -25,7 +25,7 @@ from ..swa_config import OWN_WINDOWS
 from ..transformers_compat import compat
 from ..transformers_compat import latent_layers as adapter
 from . import dense, keywords, packing, paged
-from .dense import Call
+from .call import Call, one_dtype
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def attend(
     if padding is not None and padding.shape[0] != query.shape[0]:
         padding = padding.expand(query.shape[0], -1)
     out = _absorbed(
-        sizes, weights, query, *dense.one_dtype(latent[:, 0], rope[:, 0]),
+        sizes, weights, query, *one_dtype(latent[:, 0], rope[:, 0]),
         softmax_scale=kwargs.get("scaling"), causal=visible.banded and _causal(module, kwargs),
         window_size=_window(kwargs) if visible.banded else (-1, -1), key_mask=padding,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def _absorbed(
     sizes: Sizes, weights: Tensor, query: Tensor, latent: Tensor, rope: Tensor, **how: Any
 ) -> Tensor:
     """``[B, Q, H, V]`` of latents ``[B, K, R]`` and ``[B, K, P]``, or pages of them."""
-    query, weights = dense.one_dtype(query, weights)
+    query, weights = one_dtype(query, weights)
     batch, heads, q_len, _ = query.shape
     weights = weights.view(heads, sizes.nope + sizes.value, sizes.rank)
     w_uk, w_uv = weights.split([sizes.nope, sizes.value], dim=1)  # [H, N, R], [H, V, R]

@@ -18,7 +18,7 @@ from ..cache.step import DeviceTable, Step
 from ..masking import formats
 
 if TYPE_CHECKING:
-    from .dense import Call
+    from .call import Call
 
 INSTEAD = "use transformers' DynamicCache"
 

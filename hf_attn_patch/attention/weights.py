@@ -14,7 +14,7 @@ from ..masking import formats
 from . import packing
 
 if TYPE_CHECKING:
-    from .dense import Call
+    from .call import Call
 
 
 def attention_weights(call: Call) -> Tensor:

@@ -22,20 +22,7 @@ from torch import Tensor
 from .baselines import DTYPES, Shape, dense_mask, flex, ours, sdpa, sdpa_packed, transformers_sdpa
 from .flops import rate_per_s
 from .results import OURS, BenchRow, append_rows, environment, time_interleaved
-from .tolerance import worst_error
-
-Contenders = dict[str, Callable[[], Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trial:
-    """One shape, made: who computes it, and the q, k, v ``[B, S, H, D]`` that the oracle gets."""
-
-    contenders: Contenders
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lengths: tuple[int, ...]  # real tokens of each batch row, on the left; the rest is padding
+from .tolerance import Contenders, Trial, worst_error
 
 
 @dataclass(frozen=True, kw_only=True)

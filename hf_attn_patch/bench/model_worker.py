@@ -227,7 +227,7 @@ def fill(cache: Any, kv: list[tuple[Tensor, Tensor]], batch: int, tokens: int) -
     a model is far from anything it was made for, and every rounding grows.
     """
     from hf_attn_patch.attention import paged
-    from hf_attn_patch.attention.dense import Call
+    from hf_attn_patch.attention.call import Call
     from hf_attn_patch.cache.page_storage import layer_of
 
     for number, known in enumerate(kv):

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .baselines import Attention, Shape, eager
 
-if TYPE_CHECKING:
-    from .attention import Trial
-
 ROUNDING_BAND = 2.0  # in units of the dtype's eps times the largest value
+
+
+Contenders = dict[str, Callable[[], Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One shape, made: who computes it, and the q, k, v ``[B, S, H, D]`` that the oracle gets."""
+
+    contenders: Contenders
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lengths: tuple[int, ...]  # real tokens of each batch row, on the left; the rest is padding
 
 
 @dataclass(frozen=True, kw_only=True)

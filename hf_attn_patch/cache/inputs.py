@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn, Protocol
 from weakref import ReferenceType, finalize, ref
 
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..transformers_compat.compat import Cache
-
-if TYPE_CHECKING:
-    from .paged import PagedCache
 
 CACHE_NAMES = ("past_key_values", "cache")
 # arguments that are in a page's key, and those that reach no key or value
@@ -220,7 +217,17 @@ def check_earlier(mask: Tensor, held: list[int], batch: int) -> None:
         )
 
 
-def watch(model: nn.Module, cache: PagedCache) -> None:
+class Watcher(Protocol):
+    """A cache that is told what the model is called with."""
+
+    inputs: ForwardInputs | None
+    length: int
+
+    @property
+    def resumed(self) -> bool: ...
+
+
+def watch(model: nn.Module, cache: Watcher) -> None:
     """Tell a cache, as long as it lives, what the model's forward passes with it are given."""
     reference = ref(cache)
 

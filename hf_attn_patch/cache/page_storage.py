@@ -6,7 +6,7 @@ Shape letters: B batch, S new tokens, Hkv KV heads, D / Dv head_dim of keys / va
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import ref
 
 import torch
@@ -14,18 +14,36 @@ from torch import Tensor
 
 from hf_attn_kernels.fp8 import quantise
 
-from ..registry import IMPLEMENTATIONS
+from ..capabilities import PAGE_READERS
 from ..transformers_compat.compat import CacheLayerMixin, implementation_of
 from .block_pool import NOBODYS
 
 if TYPE_CHECKING:
-    from .paged import PagedCache
+    from .sequences import Rows
+    from .step import DeviceTable, Step
 
-READERS = tuple(impl.name for impl in IMPLEMENTATIONS if impl.supports.paged)
 ATTRIBUTE = "hf_attn_layer"  # on the keys that `update` returns
 # the first tokens set the scale of float8 pages; later ones may be this many times as large
 FP8_HEADROOM = 4.0
 ROOM = 2  # on a CPU: times the pages in use, so that few steps wait for all to be copied
+
+
+class Owner(Protocol):
+    """What a layer asks of the cache that it belongs to, and the attention function through it."""
+
+    config: Any
+    layers: list[PagedLayer]
+    page_size: int
+    page_dtype: torch.dtype | None
+    rows: Rows
+    on_device: dict[int | None, DeviceTable]
+    unfinished: Any
+
+    def expect(self, layer: PagedLayer) -> None: ...
+
+    def enter(self, layer: PagedLayer, batch: int, new: int, mask: Tensor | None) -> Step: ...
+
+    def wrote(self, layer: PagedLayer) -> None: ...
 
 
 def layer_of(keys: Tensor) -> PagedLayer | None:
@@ -36,9 +54,9 @@ def layer_of(keys: Tensor) -> PagedLayer | None:
 def check_reader(config: Any) -> None:
     """Raises ValueError unless a model's attention implementation can read a PagedCache."""
     name = implementation_of(config)
-    if name not in READERS:
+    if name not in PAGE_READERS:
         raise ValueError(
-            f"a PagedCache is read by {', '.join(READERS)}, this model has "
+            f"a PagedCache is read by {', '.join(PAGE_READERS)}, this model has "
             f"attn_implementation={name!r}: load it with one of these, or use transformers' "
             "DynamicCache"
         )
@@ -66,7 +84,7 @@ class PagedLayer(CacheLayerMixin):
     is_croppable = True
     is_sliding = False  # masks are made for all tokens; the kernels apply the window
 
-    def __init__(self, cache: PagedCache, window: int | None, number: int) -> None:
+    def __init__(self, cache: Owner, window: int | None, number: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.window, self.number = window, number
         self.belong_to(cache)
@@ -78,12 +96,12 @@ class PagedLayer(CacheLayerMixin):
         self._room: tuple[Tensor, Tensor] | None = None  # of which k_pages and v_pages are the part
         self._on_host: tuple[list[int], Tensor, Tensor] | None = None
 
-    def belong_to(self, cache: PagedCache) -> None:
+    def belong_to(self, cache: Owner) -> None:
         """Be a layer of `cache`, without keeping it alive: a cache that is dropped is freed."""
         self._cache = ref(cache)
 
     @property
-    def cache(self) -> PagedCache:
+    def cache(self) -> Owner:
         found = self._cache()
         if found is None:
             raise ValueError(

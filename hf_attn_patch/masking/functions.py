@@ -15,10 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import ADAPTERS
-from ..registration import model_check
 from ..swa_config import SwaSettings
-from ..transformers_compat import compat
+from ..transformers_compat import compat, unsupported
 from . import formats, sinks
 from .patterns import MaskRequest, Pattern, read_pattern
 
@@ -41,11 +39,15 @@ def answer(
     request = _request(name, batch_size, q_length, kv_length, kwargs)
     config = request.config
     # in this order: to read a field of a config takes longer than to know its class
-    if not compat.traits(config).interface and getattr(config, "model_type", "") not in ADAPTERS:
-        model_check.refuse_config(config, name)
+    if not compat.traits(config).interface and not _adapted(config):
+        unsupported.raise_unsupported(config, name)
     if settings.sinks:
         sinks.tell(request, _reach(request))
     return build(request, settings)
+
+
+def _adapted(config: Any) -> bool:
+    return getattr(config, "model_type", None) in unsupported.ADAPTED
 
 
 def _request(
@@ -115,7 +117,7 @@ def _causal(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor |
             "past_key_values=hf_attn_patch.RollingCache(model.config), or call "
             "configure_swa(model, ...) again: it makes generate() use one."
         )
-    wants_dense = not r.causal_skip and getattr(r.config, "model_type", None) not in ADAPTERS
+    wants_dense = not r.causal_skip and not _adapted(r.config)
     if reach is None or wants_dense:
         return _dense(r, settings, pattern)
     rolled = settings.sinks > 0 and reach > r.kv_length

@@ -1,8 +1,7 @@
 """Families that transformers does not route through its attention interface, and what we do.
 
 ``ADAPTERS`` are served by code of ours; everything else that ignores the interface is refused at
-load by :mod:`..registration.model_check`, with a hint from ``INSTEAD`` where there is a better one
-than the default.
+load by :mod:`..registration.model_check`, with a hint from ``FIX_HINTS`` where there is one.
 """
 
 from __future__ import annotations
@@ -36,15 +35,4 @@ ADAPTERS: dict[str, FamilyAdapter] = {
             unfit={"triton_paged_flash2": falcon.NOT_BATCHED},
         ),
     )
-}
-
-DEFAULT_INSTEAD = "load it with attn_implementation='eager' (or 'sdpa' where the model supports it)"
-ALIBI_INSTEAD = (
-    "load it with attn_implementation='eager'; the ALiBi kernel itself is "
-    "hf_attn_kernels.flash_attn_func(..., alibi_slopes=...)"
-)
-INSTEAD: dict[str, str] = {
-    "bloom": ALIBI_INSTEAD,
-    "falcon": "load it with attn_implementation='triton_fa2' and call generate()",
-    "mpt": ALIBI_INSTEAD,
 }

@@ -96,7 +96,7 @@ CLASS_OF = "FalconAttention_"  # and the implementation's name: one class each
 
 def __getattr__(attribute: str) -> Any:
     """The attention classes, made when asked for: a pickled model asks for them by name."""
-    from ..registration.functions import interfaces
+    from ..transformers_compat.tables import interfaces
 
     (_, attentions), _ = interfaces()
     name = attribute.removeprefix(CLASS_OF)
@@ -111,7 +111,8 @@ def _attention_class(name: str) -> type:
     from transformers.models.falcon.modeling_falcon import FalconAttention, apply_rotary_pos_emb
 
     from ..attention import packing
-    from ..attention.dense import Call, documents_of, run
+    from ..attention.call import Call
+    from ..attention.dense import documents_of, run
     from ..attention.weights import attention_weights
     from ..swa_config import OWN_WINDOWS, required
 

@@ -148,22 +148,3 @@ def swa_mask(batch_size: int, q_length: int, kv_length: int, **kwargs: Any) -> T
     behind = _behind or _open()
     settings = required(kwargs.get("config"))
     return behind.answer("triton_swa", settings, batch_size, q_length, kv_length, **kwargs)
-
-
-def interfaces() -> tuple[tuple[str, dict[str, Any]], ...]:
-    """transformers' global name -> function tables, attention first, with a word for messages."""
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
-    return (
-        ("attention", AttentionInterface._global_mapping),
-        ("mask", AttentionMaskInterface._global_mapping),
-    )
-
-
-def batching_prefix() -> str:
-    """What continuous batching puts before a name; from transformers 5.19 on, nothing."""
-    import transformers
-
-    major, minor = transformers.__version__.split(".")[:2]
-    return "paged|" if (int(major), int(minor)) < (5, 19) else ""

@@ -8,7 +8,7 @@ touches no class of transformers, and can be taken away again.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
@@ -50,8 +50,8 @@ def refusal(
 
     Speaks of the class itself; the models inside it are asked for when they are built.
     """
-    from ..models import ADAPTERS, DEFAULT_INSTEAD, INSTEAD
-    from ..transformers_compat import latent_layers
+    from ..models import ADAPTERS
+    from ..transformers_compat import latent_layers, unsupported
 
     adapter = ADAPTERS.get(model_type)
     if adapter is None:
@@ -61,7 +61,7 @@ def refusal(
     if refused is None:
         return latent_layers.refusal(model_class) if name == latent_layers.NAME else None
     reason, fix = refused if isinstance(refused, tuple) else (refused, None)
-    return reason, fix or INSTEAD.get(model_type, DEFAULT_INSTEAD)
+    return reason, fix or unsupported.fix_for(model_type)
 
 
 def _code_refuses(
@@ -95,19 +95,6 @@ def _code_refuses(
             keywords.INSTEAD.get(unknown, keywords.DEFAULT_INSTEAD),
         )
     return None
-
-
-def refuse_config(config: Any, name: str) -> None:
-    """Raises for a config whose model never calls the attention function: a model whose
-    implementation was changed after it was built."""
-    from ..models import DEFAULT_INSTEAD, INSTEAD
-
-    model_type = getattr(config, "model_type", "")
-    raise ValueError(
-        f"a model of type {model_type!r} cannot use attn_implementation={name!r}: its code "
-        "never calls the attention function. Instead: "
-        f"{INSTEAD.get(model_type, DEFAULT_INSTEAD)}."
-    )
 
 
 def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-from hf_attn_patch.registry import Capabilities, list_implementations
+from hf_attn_patch.capabilities import Capabilities
+from hf_attn_patch.registry import list_implementations
 
 from .markdown import table
 

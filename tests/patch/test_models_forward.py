@@ -163,13 +163,14 @@ def test_negative_control_a_shifted_mask_is_seen(
     """The comparison of this file must fail when the attention is wrong by one key, or, on the
     straight way of plain calls, not causal."""
     from hf_attn_patch.attention import dense
+    from hf_attn_patch.attention.call import Call
 
     right, plain = dense._band, dense.plain_attention
 
     def open_plain(*args: Any, causal: bool, **options: Any) -> Any:
         return plain(*args, causal=False, **options)
 
-    def shifted(call: dense.Call) -> dict[str, object]:
+    def shifted(call: Call) -> dict[str, object]:
         band = right(call)
         return band | {"causal": False, "window_size": (band["window_size"][0], 1)}
 

@@ -16,7 +16,7 @@ from tiny_models import EVERY, LLAMA_LIKE, build, logits, tokens
 import hf_attn_patch
 from hf_attn_patch import Accepted, Rejected, check
 from hf_attn_patch.capabilities import DeviceRequirement
-from hf_attn_patch.registration import functions
+from hf_attn_patch.transformers_compat import tables as transformers_tables
 
 NAMES = ("triton_fa2", "triton_swa", "triton_paged_flash2", "triton_mla")
 LLAMA = next(spec for spec in EVERY if spec.id == "llama")
@@ -29,7 +29,7 @@ def registered_again() -> Iterator[None]:
 
 
 def tables() -> list[dict[str, Any]]:
-    return [table for _, table in functions.interfaces()]
+    return [table for _, table in transformers_tables.interfaces()]
 
 
 def tiny_llama(**options: Any) -> Any:
@@ -97,9 +97,9 @@ def test_a_paged_name_of_somebody_else_is_not_overwritten(
 ) -> None:
     key = "triton_paged_flash2"
     if where == "paged prefix":
-        if not functions.batching_prefix():
+        if not transformers_tables.batching_prefix():
             pytest.skip("this transformers has no prefix")
-        key = functions.batching_prefix() + key
+        key = transformers_tables.batching_prefix() + key
     hf_attn_patch.unregister()
     tables()[0][key] = test_unknown_name
     try:
@@ -112,9 +112,9 @@ def test_a_paged_name_of_somebody_else_is_not_overwritten(
 
 def test_the_prefixed_name_comes_and_goes(registered_again: None) -> None:
     """Up to transformers 5.18 continuous batching asks for it, and for no mask of that name."""
-    prefixed = functions.batching_prefix() + "triton_paged_flash2"
+    prefixed = transformers_tables.batching_prefix() + "triton_paged_flash2"
     assert prefixed in tables()[0]
-    assert (prefixed in tables()[1]) == (not functions.batching_prefix())
+    assert (prefixed in tables()[1]) == (not transformers_tables.batching_prefix())
     hf_attn_patch.unregister(["triton_paged_flash2"])
     assert not any("triton_paged_flash2" in key for table in tables() for key in table)
 

@@ -125,7 +125,7 @@ RULES = (
             never=frozenset({"triton"}),
             lazily=frozenset({"hf_attn_converters"}),
         )
-        for file in ("compare/models", "bench/options")
+        for file in ("loading", "bench/options")
     ),
     ImportRule(part="scripts/bench/fa1.py", only=frozenset({"torch", "triton", "hf_attn_patch"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),

@@ -130,7 +130,7 @@ RUN: dict[str, tuple[Callable[[Path], dict[str, object]], Callable[[dict[str, An
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=title)
 def test_the_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_attn_kernels import batch_invariant, set_batch_invariant
-    from hf_attn_patch.registration.functions import interfaces
+    from hf_attn_patch.transformers_compat.tables import interfaces
 
     given, holds = RUN[title(page)]
     names: dict[str, Any] = dict(given(tmp_path))

@@ -10,7 +10,7 @@ import result_tables as tool
 from tables import attention, compiled, conversion, implementations, models, slower, whole
 
 from hf_attn_patch.bench import results
-from hf_attn_patch.registry import Capabilities
+from hf_attn_patch.capabilities import Capabilities
 
 ENV = results.Environment(
     device="chip",
