@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_attention_keywords import model
+from test_stated_masks import GEMMA4
 from tiny_models import (
     LLAMA_LIKE,
     TinyModel,
@@ -67,6 +69,21 @@ def test_models_that_keep_positions_from_the_mask(name: str) -> None:
                 found["packed"] = model(ids, position_ids=POSITIONS).logits
     assert_close(found["triton_fa2"], found["eager"])
     assert_close(found["packed"], found["eager"])
+
+
+def test_a_dense_mask_of_ours_leaves_them_apart_and_a_callers_own_does_not() -> None:
+    """gemma4 slices its masks, so they are dense; what a caller's 4D mask shows is shown."""
+    config = transformers.Gemma4TextConfig(**GEMMA4)
+    eager, ours = (model(config, "Gemma4ForCausalLM", name) for name in ("eager", "triton_fa2"))
+    ids = tokens(1, TOTAL)
+    everything = torch.ones(TOTAL, TOTAL).tril().bool()[None, None]
+    spec = build(LLAMA, "triton_fa2")
+    with torch.no_grad():
+        assert_close(ours(ids, position_ids=POSITIONS).logits, alone(eager, ids))
+        shown = spec(ids, position_ids=POSITIONS, attention_mask=everything).logits
+        added = torch.zeros(1, 1, TOTAL, TOTAL).masked_fill(~everything, torch.finfo().min)
+        want = build(LLAMA, "eager")(ids, position_ids=POSITIONS, attention_mask=added).logits
+    assert_close(shown, want)
 
 
 def test_gradients_stay_within_documents() -> None:
