@@ -60,7 +60,7 @@ def test_causal_masks_over_layers_that_call_themselves_bidirectional(
 
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_an_encoder_that_generates(cache: str | None) -> None:
-    """generate() asks for a causal mask, and the model, an encoder, then for a bidirectional one."""
+    """generate() asks for a causal mask, and the model then for a bidirectional one."""
     config = transformers.BertConfig(
         **COMMON, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
     )
