@@ -33,7 +33,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .config_values import layer_value
-from .model_code import ModelCode, attention_classes, source_of
+from .model_code import MASK_AS_4D, ModelCode, attention_classes, source_of
 
 __all__ = [
     "Cache",
@@ -115,8 +115,6 @@ class Traits:
 UNKNOWN = Traits()
 _TRAITS: dict[type, Traits] = {}
 ATTENTION_CLASS = r"^class \w*Attention\w*\(nn\.Module\):"
-# a slice of queries, or the heads' dimension taken away
-MASK_AS_4D = r"\b(v|\w*mask\w*)\[:, (:, [a-z_]\w*|0, :), :\]"
 
 
 def traits(config: Any) -> Traits:
