@@ -14,7 +14,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import flash_names
+from . import batching_update, flash_names
 
 MODELLING = "transformers.modeling_utils"
 
@@ -26,6 +26,7 @@ def register_with_transformers() -> None:
     _when_imported("transformers.models.auto.modeling_auto", _register_models)
     for module in flash_names.LISTING:
         _when_imported(module, flash_names.admit)
+    _when_imported(batching_update.MANAGER, batching_update.admit)
 
 
 def _register_implementations() -> None:

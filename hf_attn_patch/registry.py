@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import entry, flash_names, guard
+from . import batching_update, entry, flash_names, guard
 from .requirements import DeviceRequirement, Requirements
 
 
@@ -193,7 +193,9 @@ def _watch() -> None:
     names = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
     if names:
         guard.install(names)
-    flash_names.install(frozenset(name for name in names if "flash" in name))
+    flash = frozenset(name for name in names if "flash" in name)
+    flash_names.install(flash)
+    batching_update.install(flash)
 
 
 def _is_ours(function: object) -> bool:
