@@ -81,6 +81,6 @@ def _handing_over(theirs: type) -> type:
             kwargs["cache"] = self
             return key_states, value_states
 
-    HandedOver.theirs = theirs  # type: ignore[attr-defined]
+    HandedOver.theirs = theirs
     HandedOver.__name__ = HandedOver.__qualname__ = theirs.__name__
     return HandedOver

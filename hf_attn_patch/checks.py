@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import compat, guard
+from . import compat, guard, private_names
 from .config_values import layer_value
 from .model_code import parts
 from .registry import IMPLEMENTATIONS, AttentionImpl, is_registered
@@ -39,6 +39,9 @@ def check(
     impl = _find(implementation)
     if isinstance(impl, Rejected):
         return impl
+    refusal = private_names.refusal(impl.name)
+    if refusal is not None:
+        return Rejected(*refusal)
     if not is_registered(impl.name):
         return Rejected(
             f"{impl.name!r} is not registered with transformers", "call hf_attn_patch.register()"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from . import batching_update, entry, flash_names, guard
+from . import batching_update, entry, flash_names, guard, private_names
 from .requirements import DeviceRequirement, Requirements
 
 
@@ -130,9 +130,16 @@ def register(names: Iterable[str] | None = None) -> None:
 
     Raises:
         ValueError: an unknown name, or a name that somebody else has registered. Nothing is
-            registered then.
+            registered then. Or this release of transformers lacks what a name needs.
     """
-    chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
+    if names is None:  # what this release of transformers cannot be given was warned of
+        chosen = tuple(i for i in IMPLEMENTATIONS if private_names.refusal(i.name) is None)
+    else:
+        chosen = tuple(find(name) for name in names)
+    for impl in chosen:
+        refused = private_names.refusal(impl.name)
+        if refused is not None:
+            raise ValueError(f"{impl.name!r} cannot be registered: {refused[0]}; {refused[1]}")
     places = [place for impl in chosen for place in _places(impl)]
     for place in places:
         other = place.table.get(place.key)
@@ -159,7 +166,7 @@ def unregister(names: Iterable[str] | None = None) -> None:
     """
     chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
     for impl in chosen:
-        for place in _places(impl):
+        for place in _places(impl) if is_registered(impl.name) else ():
             if _is_ours(place.table.get(place.key)):
                 del place.table[place.key]
     guard.remove()
@@ -168,6 +175,8 @@ def unregister(names: Iterable[str] | None = None) -> None:
 
 def is_registered(name: str) -> bool:
     """Whether transformers now knows `name`, and means this package by it."""
+    if private_names.missing_for(name):
+        return False
     return all(_is_ours(table.get(name)) for _, table in entry.interfaces())
 
 

@@ -72,6 +72,10 @@ def remove(name: str) -> None:
 def _classes() -> dict[str, Any]:
     from transformers.models.falcon import modeling_falcon
 
+    from .. import private_names
+
+    for name in ("FALCON_ATTENTION_CLASSES", "FalconAttention", "apply_rotary_pos_emb"):
+        private_names.require(f"{modeling_falcon.__name__}.{name}")
     classes: dict[str, Any] = modeling_falcon.FALCON_ATTENTION_CLASSES
     return classes
 
