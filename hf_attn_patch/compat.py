@@ -5,6 +5,7 @@ Which of its names are private, and what each must look like: :mod:`.private_nam
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, masking_utils
 from transformers.cache_utils import (
     Cache,
@@ -84,6 +86,12 @@ IndexMask = Callable[
 def implementation_of(config: Any) -> str | None:
     """The ``attn_implementation`` a config carries (None: not chosen yet)."""
     return getattr(config, "_attn_implementation", None)
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """What a model or layer calls its cache: ``past_key_values``, from 5.24 on ``cache``."""
+    given = inspect.signature(type(module).forward).parameters
+    return "cache" if "cache" in given else "past_key_values"
 
 
 # --- mask_function: what transformers composes to say who sees whom ------------------------------
