@@ -12,24 +12,29 @@ NEWEST_TRANSFORMERS = (5, 24)
 
 @dataclass(frozen=True, kw_only=True)
 class Tested:
-    """The releases of a package that the tests ran on, oldest and newest."""
+    """The releases of a package that the tests ran on, oldest first."""
 
     package: str
-    oldest: tuple[int, int]
-    newest: tuple[int, int]
-    where: str  # what was run
+    releases: tuple[tuple[int, int], ...]
+    where: str = ""  # if not everywhere
+
+    @property
+    def oldest(self) -> tuple[int, int]:
+        return self.releases[0]
+
+    @property
+    def newest(self) -> tuple[int, int]:
+        return self.releases[-1]
 
 
 # The pins of constraints/ are the ends; a test holds them together.
 TESTED: tuple[Tested, ...] = (
     Tested(
         package="transformers",
-        oldest=(5, 17),
-        newest=NEWEST_TRANSFORMERS,
-        where="the oldest and the newest in full",
+        releases=((5, 17), (5, 23), NEWEST_TRANSFORMERS),
     ),
-    Tested(package="torch", oldest=(2, 13), newest=(2, 13), where="on a CPU"),
-    Tested(package="triton", oldest=(3, 6), newest=(3, 7), where="in its interpreter, on a CPU"),
+    Tested(package="torch", releases=((2, 13),), where=" on a CPU"),
+    Tested(package="triton", releases=((3, 6), (3, 7)), where=" in its interpreter, on a CPU"),
 )
 
 
@@ -61,9 +66,7 @@ def releases() -> list[Release]:
 
 def _release(tested: Tested) -> Release:
     text, found = _version(tested.package), installed(tested.package)
-    span = short(tested.oldest)
-    if tested.newest != tested.oldest:
-        span = f"{span} to {short(tested.newest)}"
+    span = ", ".join(short(release) for release in tested.releases)
     if text is None:
         return Release(tested.package, None, False, f"not installed; tested: {span}")
     if found is None:
@@ -72,7 +75,9 @@ def _release(tested: Tested) -> Release:
         return Release(tested.package, text, False, f"newer than tested ({span})")
     if found < tested.oldest:
         return Release(tested.package, text, False, f"older than tested ({span})")
-    return Release(tested.package, text, True, f"tested {tested.where} ({span})")
+    if found not in tested.releases:
+        return Release(tested.package, text, False, f"between releases that were tested ({span})")
+    return Release(tested.package, text, True, f"tested{tested.where} ({span})")
 
 
 def _version(package: str) -> str | None:

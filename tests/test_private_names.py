@@ -233,7 +233,8 @@ def test_the_constraints_are_the_ends_of_what_is_tested(tested: releases.Tested)
     [
         ("5.99.0", False, "newer than tested"),
         ("5.16.2", False, "older than tested"),
-        ("5.24.0.dev0", True, "tested the oldest"),
+        ("5.24.0.dev0", True, "tested (5.17, "),
+        ("5.20.1", False, "between releases"),
         ("nonsense", False, "of unknown release"),
         (None, False, "not installed"),
     ],
