@@ -106,6 +106,19 @@ def test_falcon_takes_cu_seq_lens(spec: TinyModel) -> None:
             ours(ids, position_ids=torch.arange(TOTAL)[None], **packed)
 
 
+def test_a_falcon_built_before_the_name_was_taken_back() -> None:
+    spec = having(lambda s: s.id == "falcon_gqa")[0].values[0]
+    ids = tokens(1, TOTAL)
+    ours = build(spec, "triton_fa2")
+    try:
+        hf_attn_patch.unregister()
+    finally:
+        hf_attn_patch.register()
+    with torch.no_grad():
+        found = ours(ids, cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS, max_length_q=11).logits
+        assert_close(found, alone(build(spec, "eager"), ids))
+
+
 def test_falcon_with_alibi() -> None:
     spec = having(lambda s: s.id == "falcon_alibi")[0].values[0]
     ids = tokens(1, TOTAL)

@@ -172,7 +172,7 @@ def decode_kernel(
         )
         # tiles start at multiples of BN: one of these lies in one page
         where = n0 if PAGE_SIZE % BN == 0 else at
-        numbers = tl.load(table + where // PAGE_SIZE, mask=begin < end, other=0)
+        numbers = tl.load(table + where // PAGE_SIZE, mask=where * 0 + begin < end, other=0)
         lowest = numbers * 0
     for step in tl.range(begin, end):
         n0, n, at = tile_keys(
