@@ -21,6 +21,7 @@ from hf_attn_converters.calibration.source_model import Call, SourceModel
 from hf_attn_converters.calibration.tokens import RANDOM_TOKENS, SELF_GENERATED, calibration_tokens
 from hf_attn_converters.heads.plan import plan_conversion
 from hf_attn_converters.io.text import read_text
+from hf_attn_converters.layerwise import source_model
 
 FIT = FitSettings(steps=24, step_tokens=64, attention_lr=1e-2, other_lr=1e-3)
 QUICK = Calibration(tokens=1024, sequence_length=32, fit=FIT, without_text=RANDOM_TOKENS)
@@ -48,7 +49,7 @@ def test_layers_in_turn_are_the_model(case: Case, tmp_path: Path) -> None:
     """Running the layers one after the other on recorded calls gives what the model itself does."""
     folder = high_checkpoint(case, tmp_path)
     work = plan_conversion(folder, tmp_path / "b", num_key_value_heads=1, method="csvd")
-    source = SourceModel(work)
+    source = source_model(work)
     ids = torch.randint(2, 300, (128, 16), generator=torch.Generator().manual_seed(0))
     calls = source.calls(ids)
     if any(len(uses) > 1 for uses in calls):  # ALBERT: one layer, used again and again
@@ -164,7 +165,7 @@ def test_the_record_says_what_it_was_calibrated_on(tmp_path: Path) -> None:
 def tokens_of(folder: Path, **options: Any) -> tuple[Tensor, str]:
     work = plan_conversion(folder, folder.parent / "x", num_key_value_heads=1, method="csvd")
     found = calibration_tokens(
-        Calibration(**options), folder, SourceModel(work).model, lambda *a: None
+        Calibration(**options), folder, source_model(work).model, lambda *a: None
     )
     return found.ids, found.origin
 

@@ -42,10 +42,14 @@ def calibrate_layers(
     say = progress or (lambda done, total, what: None)
     folder.mkdir(exist_ok=True)
     settings = calibration or Calibration()
-    source = SourceModel(work, settings.device or best_device(), settings.fit.step_tokens)
+    source = source_model(
+        work,
+        device=settings.device or best_device(),
+        tokens_at_once=settings.fit.step_tokens,
+    )
     settings = settings.at_most(source.positions)
     tokens = _tokens(work, folder, settings, source, say)
-    watch = Watch(work, source, tokens.ids)
+    watch = Watch(source, tokens.ids)
     work = _surveyed(work, folder, watch, say)
     errors = _Conversion(work, folder, watch, settings).run(say)
     record: dict[str, Any] = {
@@ -57,6 +61,17 @@ def calibrate_layers(
     if work.method.fitted:
         record |= {"fit": asdict(settings.fit), "errors": [round(e, 6) for e in errors]}
     return work, record
+
+
+def source_model(work: Work, **options: Any) -> SourceModel:
+    """The model of a conversion's source. `options`: device and tokens_at_once of `SourceModel`."""
+    return SourceModel(
+        work.source.folder,
+        work.family,
+        layers=work.plan.layers,
+        trust_remote_code=work.is_our_code,
+        **options,
+    )
 
 
 def _tokens(

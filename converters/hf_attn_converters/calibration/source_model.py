@@ -10,12 +10,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Work
+from ..families import FamilySpec
 from ..precision import WideProducts, products
 
 
@@ -47,25 +48,40 @@ class _Stop(Exception):
 class SourceModel:
     """The source's model, its layers and how they are called.
 
-    `tokens_at_once` go through a layer together. Raises ValueError where transformers cannot build
-    it or where its layers are not found.
+    Args:
+        folder: of the checkpoint.
+        family: its family, which knows where the layers are.
+        layers: how many the checkpoint has, with weights of their own.
+        trust_remote_code: run the code that lies in the folder.
+        device: where layers run.
+        tokens_at_once: how many go through a layer together.
+
+    Raises ValueError where transformers cannot build it or where its layers are not found.
     """
 
-    def __init__(self, work: Work, device: str = "cpu", tokens_at_once: int = 1024) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: FamilySpec,
+        *,
+        layers: int,
+        trust_remote_code: bool = False,
+        device: str = "cpu",
+        tokens_at_once: int = 1024,
+    ) -> None:
         import transformers
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.work, self.device, self.tokens_at_once = work, device, tokens_at_once
-        family, folder = work.family, work.source.folder
+        self.family, self.device, self.tokens_at_once = family, device, tokens_at_once
         self.model = getattr(transformers, family.auto_class).from_pretrained(
             folder,
             dtype="auto",
-            trust_remote_code=work.is_our_code,
+            trust_remote_code=trust_remote_code,
         )
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers_path)
-        assert len(self.layers) == work.plan.layers, (len(self.layers), work.plan.layers)
+        assert len(self.layers) == layers, (len(self.layers), layers)
 
     @property
     def positions(self) -> int | None:
