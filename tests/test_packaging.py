@@ -115,13 +115,13 @@ RULES = (
         never=frozenset({"triton"}),
         lazily=frozenset({"hf_attn_converters"}),
     ),
-    *(  # ask it which dtypes the device multiplies fast
+    *(  # ask it which dtypes the device multiplies fast, and what it does to read a checkpoint
         ImportRule(
             part=f"hf_attn_patch/{file}.py",
             never=frozenset({"triton"}),
             lazily=frozenset({"hf_attn_converters"}),
         )
-        for file in ("compare/models", "bench/options")
+        for file in ("compare/models", "compare/text", "compare/encoders", "bench/options")
     ),
     ImportRule(part="hf_attn_patch/bench/fa1.py", only=frozenset({"torch", "triton"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),

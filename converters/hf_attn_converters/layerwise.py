@@ -56,6 +56,8 @@ def calibrate_layers(
         "origin": tokens.origin,
         "tokens": tokens.count,
         "sequence_length": tokens.ids.shape[1],
+        "windows_begin_with": tokens.begin,
+        "windows_end_with": tokens.end,
         "seed": settings.seed,
     }
     if work.method.fitted:
@@ -81,12 +83,13 @@ def _tokens(
     path = folder / TOKENS_FILE
     if path.exists():
         tensors, about = _load(path)
-        return Tokens(tensors["ids"], about["origin"])
+        return Tokens(tensors["ids"], about["origin"], about["begin"], about["end"])
     with source.products():
-        found = calibration_tokens(settings, work.source.folder, source.model, progress)
+        found = calibration_tokens(settings, source, progress)
     together = rows_at_once(found.ids, settings.fit.step_tokens)
     found = replace(found, ids=found.ids[: len(found.ids) // together * together].contiguous())
-    _save(path, {"ids": found.ids}, {"origin": found.origin})
+    about = {"origin": found.origin, "begin": found.begin, "end": found.end}
+    _save(path, {"ids": found.ids}, about)
     return found
 
 

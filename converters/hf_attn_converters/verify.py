@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ hearing it." This was invitation enough.
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """What was found. `kl` (nats per token, source against output) and `top1` (share of equal
-    first choices) are None for a model without logits, `cosine` (of hidden states) for others."""
+    first choices) are None for a model without logits of its own, `cosine` (of hidden states) for
+    others."""
 
     text: str  # what it was measured on
+    source_lacks: tuple[str, ...]  # tensors that transformers drew at random: no logits then
     tokens: int
     kl: float | None
     top1: float | None
@@ -65,7 +68,8 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
     Loads the two models one after the other, in float32. Raises RuntimeError when weights are
     missing, unexpected or of another shape, when an exact conversion is not exact, or when the
     output's numbers are not finite. `text` is a short built-in one by default; without a
-    tokenizer random tokens take its place.
+    tokenizer random tokens take its place. Where the source lacks tensors that its class has,
+    hidden states are compared: logits would be those of a random head.
     """
     from transformers import AutoConfig
 
@@ -78,7 +82,8 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
     settings = AutoConfig.from_pretrained(work.source.folder, trust_remote_code=theirs_trusted)
     tokens, name = _tokens(work, text, settings.get_text_config())
     theirs, are_logits, known = _run(work.source, tokens, trusted=theirs_trusted)
-    ours, _, faults = _run(output, tokens, trusted=ours_trusted)
+    lacking = known["missing_keys"]
+    ours, _, faults = _run(output, tokens, trusted=ours_trusted, lacking=lacking)
     _check_faults(faults, known)
     if theirs.shape != ours.shape:
         raise RuntimeError(
@@ -89,6 +94,7 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
         raise RuntimeError("verification failed: the output's numbers are not finite")
     result = Verification(
         text=name,
+        source_lacks=tuple(sorted(lacking)),
         tokens=tokens.numel(),
         kl=_kl(theirs, ours) if are_logits else None,
         top1=(theirs.argmax(-1) == ours.argmax(-1)).float().mean().item() if are_logits else None,
@@ -155,16 +161,36 @@ def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
 
 @torch.inference_mode()
 def _run(
-    checkpoint: Checkpoint, tokens: Tensor, *, trusted: bool
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    *,
+    trusted: bool,
+    lacking: Collection[str] = (),
 ) -> tuple[Tensor, bool, dict[str, set[str]]]:
-    """What a model gives for the tokens, [N, V], whether that is logits, and loading faults."""
+    """What a model gives for the tokens, [N, V], whether that is logits, and loading faults.
+
+    Hidden states where tensors are missing, here or in the source (`lacking`).
+    """
     model, faults = _load(checkpoint, trusted=trusted)
-    output = model.eval()(input_ids=tokens)
+    model.eval()
+    if lacking := {*lacking, *faults["missing_keys"]}:
+        _fill(model, lacking)
+        model = model.base_model
+    output = model(input_ids=tokens)
     are_logits = "logits" in output
     numbers = (output["logits"] if are_logits else output[0]).float()
     del model
     gc.collect()  # before the other model is loaded
     return numbers.reshape(-1, numbers.shape[-1]), are_logits, faults
+
+
+def _fill(model: Any, lacking: Collection[str]) -> None:
+    """Give missing tensors the same numbers in every model, by their names: what transformers
+    drew would differ from one loading to the next."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in lacking:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
 
 
 def _load(

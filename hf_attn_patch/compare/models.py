@@ -146,11 +146,20 @@ def load(
     auto: Any = getattr(transformers, kind.auto_class)
     start = time.perf_counter()
     try:
-        model: Any = auto.from_pretrained(
-            spec.path, dtype=DTYPES[dtype], **choice, trust_remote_code=False
+        model, found = auto.from_pretrained(
+            spec.path,
+            dtype=DTYPES[dtype],
+            **choice,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except OSError as error:
         raise ValueError(f"cannot load {spec.path!r}: {str(error).splitlines()[0]}") from error
+    if kind is not ENCODER and (lacking := sorted(map(str, found["missing_keys"]))):
+        raise ValueError(
+            f"{spec.path} lacks {', '.join(lacking[:3])}: a {type(model).__name__} would run with "
+            "random numbers there; take a checkpoint that has its head"
+        )
     model.to(device or best_device())
     _warn_if_slow(model)
     model.eval()

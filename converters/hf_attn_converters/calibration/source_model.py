@@ -74,11 +74,15 @@ class SourceModel:
 
         disable_progress_bar()
         self.family, self.device, self.tokens_at_once = family, device, tokens_at_once
-        self.model = getattr(transformers, family.auto_class).from_pretrained(
+        self.folder = folder
+        self.model, found = getattr(transformers, family.auto_class).from_pretrained(
             folder,
             dtype="auto",
             trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
+        # What the checkpoint lacks: transformers drew it at random.
+        self.missing: frozenset[str] = frozenset(map(str, found["missing_keys"]))
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers_path)
         assert len(self.layers) == layers, (len(self.layers), layers)
@@ -89,6 +93,21 @@ class SourceModel:
         config = self.model.config.get_text_config()
         found = getattr(config, "max_position_embeddings", None)
         return found if isinstance(found, int) else None
+
+    @property
+    def why_silent(self) -> str | None:
+        """Why the model cannot write text of its own; None where it can."""
+        if not self.model.can_generate():
+            return f"a {type(self.model).__name__} does not generate"
+        head = self.model.get_output_embeddings()
+        names = {
+            name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if head is not None and any(parameter is own for own in head.parameters())
+        }
+        if lacking := sorted(names & self.missing):
+            return f"it has no language model's head ({', '.join(lacking)})"
+        return None
 
     def float_layer(self, layer: int) -> nn.Module:
         """A float32 copy of a layer on the device, in evaluation mode."""

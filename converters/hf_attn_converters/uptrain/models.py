@@ -39,7 +39,10 @@ def outline(folder: Path) -> PreTrainedModel:
 def load_model(
     folder: Path, dtype: torch.dtype | str, attn_implementation: str | None, shards: int = 1
 ) -> PreTrainedModel:
-    """A causal language model in `dtype` (``auto``: as it is stored), sharded over processes."""
+    """A causal language model in `dtype` (``auto``: as it is stored), sharded over processes.
+
+    Raises ValueError for a checkpoint that lacks weights: those of its head would be random.
+    """
     from transformers import AutoModelForCausalLM
 
     choice: dict[str, Any] = {}
@@ -49,9 +52,15 @@ def load_model(
         from transformers.distributed.configuration_utils import DistributedConfig
 
         choice["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, **choice, trust_remote_code=False
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, **choice, trust_remote_code=False, output_loading_info=True
     )
+    model: PreTrainedModel = loaded[0]
+    if lacking := sorted(map(str, loaded[1]["missing_keys"])):
+        raise ValueError(
+            f"{folder.name} lacks {', '.join(lacking[:3])}, which a {type(model).__name__} has: "
+            "only a whole causal language model can be trained or teach"
+        )
     return model
 
 
