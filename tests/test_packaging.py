@@ -121,7 +121,10 @@ RULES = (
             never=frozenset({"triton"}),
             lazily=frozenset({"hf_attn_converters"}),
         )
-        for file in ("compare/models", "compare/text", "compare/encoders", "bench/options")
+        for file in (
+            *("compare/models", "compare/text", "compare/encoders", "compare/generation"),
+            *("estimate/shape", "bench/options"),
+        )
     ),
     ImportRule(part="hf_attn_patch/bench/fa1.py", only=frozenset({"torch", "triton"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),

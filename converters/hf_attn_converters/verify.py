@@ -17,6 +17,7 @@ from .conversion import EXACT, Work
 from .heads.layer import convert_layer
 from .heads.plan import plan_conversion
 from .io.checkpoint import Checkpoint, has_tokenizer, open_checkpoint
+from .io.reading import load_config, reading
 
 EXACT_KL = 1e-6  # above this, a conversion that should lose nothing lost something
 TOKENS = 256  # of the text at most
@@ -71,15 +72,13 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
     tokenizer random tokens take its place. Where the source lacks tensors that its class has,
     hidden states are compared: logits would be those of a random head.
     """
-    from transformers import AutoConfig
-
     output = open_checkpoint(folder)
     ours_trusted, theirs_trusted = bool(work.extra_files), work.is_our_code
     if importlib.util.find_spec("accelerate") is not None:  # on the meta device: no weights yet
         known = _load(work.source, trusted=theirs_trusted, device_map="meta")[1]
         _check_faults(_load(output, trusted=ours_trusted, device_map="meta")[1], known)
     back = _round_trip(work, folder)
-    settings = AutoConfig.from_pretrained(work.source.folder, trust_remote_code=theirs_trusted)
+    settings = load_config(work.source.folder, trust_remote_code=theirs_trusted)
     tokens, name = _tokens(work, text, settings.get_text_config())
     theirs, are_logits, known = _run(work.source, tokens, trusted=theirs_trusted)
     lacking = known["missing_keys"]
@@ -154,7 +153,8 @@ def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
     from transformers import AutoTokenizer
 
     text = text or Text(BUILT_IN, "built-in")
-    tokenizer = AutoTokenizer.from_pretrained(work.source.folder, trust_remote_code=False)
+    with reading(work.source.folder):
+        tokenizer = AutoTokenizer.from_pretrained(work.source.folder, trust_remote_code=False)
     found = tokenizer(text.words, return_tensors="pt", truncation=True, max_length=limit)
     return found["input_ids"].long(), text.name
 
@@ -197,14 +197,15 @@ def _load(
     checkpoint: Checkpoint, *, trusted: bool, **options: Any
 ) -> tuple[Any, dict[str, set[str]]]:
     """The model of a folder in float32, and what transformers found wrong with its tensors."""
-    model, found = _model_class(checkpoint.config).from_pretrained(
-        checkpoint.folder,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else the same, as an exception of many lines
-        **options,
-    )
+    with reading(checkpoint.folder):
+        model, found = _model_class(checkpoint.config).from_pretrained(
+            checkpoint.folder,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else the same, as an exception of many lines
+            **options,
+        )
     return model, {kind: set(map(str, names)) for kind, names in found.items()}
 
 

@@ -40,8 +40,11 @@ def check_command(
     if model is None:
         verdicts = {name: known[name].requires.check(where.split(":")[0]) for name in names}
     else:
-        config = _config(model)
-        verdicts = {name: check(config, device=where, implementation=name) for name in names}
+        from hf_attn_converters.io.reading import load_config, reading
+
+        config = load_config(model)
+        with reading(model):
+            verdicts = {name: check(config, device=where, implementation=name) for name in names}
     if json:
         print_json(
             {
@@ -62,12 +65,3 @@ def check_command(
             typer.echo(f"CPU extension: {used}, {compiled.reason}")
     if not any(v.ok for v in verdicts.values()):
         raise typer.Exit(FAILED)
-
-
-def _config(model: str) -> object:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import FamilySpec
+from ..io.reading import reading
 from ..precision import WideProducts, products
 
 
@@ -75,12 +76,13 @@ class SourceModel:
         disable_progress_bar()
         self.family, self.device, self.tokens_at_once = family, device, tokens_at_once
         self.folder = folder
-        self.model, found = getattr(transformers, family.auto_class).from_pretrained(
-            folder,
-            dtype="auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with reading(folder):
+            self.model, found = getattr(transformers, family.auto_class).from_pretrained(
+                folder,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
         # What the checkpoint lacks: transformers drew it at random.
         self.missing: frozenset[str] = frozenset(map(str, found["missing_keys"]))
         self.model.eval().requires_grad_(False)

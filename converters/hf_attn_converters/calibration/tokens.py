@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..io.checkpoint import has_tokenizer
+from ..io.reading import reading
 from ..io.special_tokens import TextEnds, text_ends
 from ..io.text import public_name, read_text
 from .fit import FitSettings
@@ -164,9 +165,10 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
     if not has_tokenizer(folder):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
+    with reading(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     return tokenizer
 
 
