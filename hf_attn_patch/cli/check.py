@@ -48,8 +48,11 @@ def check_command(
     if model is None:
         verdicts = {name: _on_this_machine(known[name], where) for name in names}
     else:
-        config = _config(model)
-        verdicts = {name: check(config, device=where, implementation=name) for name in names}
+        from hf_attn_converters.io.reading import load_config, reading
+
+        config = load_config(model)
+        with reading(model):
+            verdicts = {name: check(config, device=where, implementation=name) for name in names}
     if json:
         print_json(
             {
@@ -92,12 +95,3 @@ def _on_this_machine(impl: AttentionImpl, device: str) -> Verdict:
     if refusal is not None:
         return Rejected(*refusal)
     return impl.requires.check(device.split(":")[0])
-
-
-def _config(model: str) -> object:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"cannot load {model!r}: {str(error).splitlines()[0]}") from error

@@ -4,7 +4,7 @@ Up to 5.23 the manager's cache reached the attention function as ``cache=``. Now
 ``cache.update(keys, values, layer_idx, kwargs=kwargs)`` first, and this copies every key of the
 batch out of the pages before any attention function sees it. So the manager gets a cache whose
 `update`, for models that run with a name of ours, leaves the pages alone and puts the cache into
-the layer's keywords: then :mod:`.continuous` finds everything as it always did.
+the layer's keywords: then :mod:`..attention.continuous` finds everything as it always did.
 
 One global name of transformers is written and put back again: ``PagedAttentionCache`` in
 ``generation.continuous_batching.continuous_api``, where the manager makes its cache. The class

@@ -2,8 +2,8 @@
 
 One table: what the name must look like, in which releases it is there, and what does not work
 without it. A module's rows are looked at when somebody imports the module anyway
-(:mod:`..import_hooks`), which costs some attribute look-ups; `hf-attn check` imports all of them and
-reads the sources too. On a release newer than any that was tested, or where a row is not as it
+(:mod:`..import_hooks`), which costs some attribute look-ups; `hf-attn check` imports all of them
+and reads the sources too. On a release newer than any that was tested, or where a row is not as it
 should be, one warning says so. What is missing is refused where it is used; the rest works.
 
 This file imports nothing but the standard library.

@@ -32,7 +32,7 @@ from hf_attn_patch.transformers_compat.private_names import (
     PrivateName,
 )
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def outer() -> Any:
