@@ -92,7 +92,7 @@ def append_kernel(
     b = (tl.program_id(0) // tiles // PARTS).to(tl.int64)
     held = tl.load(seqlens + b)
     at = held + t  # [TOKENS] position in the row
-    ok = (t < new) & (at >= 0) & (at < room) & (t * 0 + part < 2 * HKV)
+    ok = (t < new) & (at >= 0) & (at < room) & (part < 2 * HKV)
     if PAGE_SIZE > 0:
         page = tl.load(block_table + b * table_sb + at // PAGE_SIZE, mask=ok, other=-1)
         slot = (at % PAGE_SIZE).to(tl.int64)
