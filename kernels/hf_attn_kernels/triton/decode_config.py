@@ -73,6 +73,7 @@ SM_100: Table = NVIDIA | {
 }
 
 SM_90: Table = NVIDIA | {
+    (2, 128): (NVIDIA[2, 128][0], DecodeConfig(32, 64, 4, 3, 208), *NVIDIA[2, 128][2:]),
     (4, 128): (NVIDIA[4, 128][0], DecodeConfig(32, 16, 8, 2)),
     (4, 512): (DecodeConfig(16, 16, 4, 2, 200),),
 }
