@@ -22,6 +22,12 @@ from hf_attn_kernels.cpu.cache_op import OPS
 Call = dict[str, Any]
 
 
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> None:
+    """Tests compile the same functions: together they would reach dynamo's limit of recompiling."""
+    torch._dynamo.reset()
+
+
 def ints(*values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -119,7 +125,6 @@ def test_compiles_as_one_graph(name: str) -> None:
         out, lse, *_ = function(**given, **others)
         return out * 2, lse
 
-    torch._dynamo.reset()  # each case compiles the same function
     found = []
     for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
         given = {n: t.clone() for n, t in tensors(call).items()}

@@ -114,13 +114,13 @@ assert same(flash_attn_varlen_func, packed) == ["decode_kernel", "reduce_kernel"
 """,
     "other-kinds": """
 flash_attn_with_kvcache(**given())
-assert len(known._PLANS) == 1
+assert len(launch_cache._PLANS) == 1
 for changed in (given(shift=1), given(float8=True), given() | {"softcap": 2.0},
                 given() | {"window_size": (5, 0)},
                 given() | {"block_table": torch.zeros(4, 128, dtype=torch.int32)}):
-    before = len(known._PLANS)
+    before = len(launch_cache._PLANS)
     flash_attn_with_kvcache(**changed)
-    assert len(known._PLANS) == before + 1
+    assert len(launch_cache._PLANS) == before + 1
 """,
     "never-known": """
 with_copy = given() | {"q": torch.zeros(4, 1, 64, 8, dtype=torch.bfloat16).transpose(2, 3)}
@@ -134,14 +134,14 @@ except ValueError as error:
     assert "no backward" in str(error)
 else:
     raise SystemExit("a gradient was not refused")
-assert not known._PLANS
+assert not launch_cache._PLANS
 """,
     "bounded": """
-known.MOST = 2
+launch_cache.MOST = 2
 for columns in (16, 32, 48, 64, 80):
     flash_attn_with_kvcache(**given() | {
         "block_table": torch.zeros(4, columns, dtype=torch.int32), "num_splits": 2})
-    assert len(known._PLANS) <= 2
+    assert len(launch_cache._PLANS) <= 2
 """,
 }
 

@@ -47,9 +47,8 @@ NVIDIA: Table = {
         DecodeConfig(64, 32, 8, 2),
     ),
     (2, 512): (DecodeConfig(16, 16, 4, 3), DecodeConfig(32, 16, 8, 2)),
-    # capped, or the assembler would rather spill than give up a block of a multiprocessor
-    (4, 64): (DecodeConfig(16, 64, 4, 2, 255), DecodeConfig(32, 32, 4, 2)),
-    (4, 128): (DecodeConfig(16, 32, 4, 2, 255), DecodeConfig(32, 32, 8, 2, 128)),
+    (4, 64): (DecodeConfig(16, 64, 4, 2), DecodeConfig(32, 32, 4, 2)),
+    (4, 128): (DecodeConfig(16, 32, 4, 2, 200), DecodeConfig(32, 32, 8, 2)),
     (4, 256): (DecodeConfig(16, 16, 4, 2),),
     (4, 512): (DecodeConfig(16, 16, 8, 2),),
 }
@@ -62,11 +61,21 @@ SM_80: Table = NVIDIA | {
         DecodeConfig(128, 32, 8, 2),
     ),
     (2, 256): (*NVIDIA[2, 256][:2], DecodeConfig(64, 32, 8, 3)),
-    (4, 256): (DecodeConfig(16, 16, 4, 2, 255),),
-    (4, 512): (DecodeConfig(16, 16, 8, 2, 255),),
+    # without a number the assembler takes so few registers that it spills, as it does with more
+    (4, 128): (DecodeConfig(16, 32, 4, 2, 144), DecodeConfig(32, 32, 8, 2, 128)),
+    (4, 256): (DecodeConfig(16, 16, 4, 2, 144),),
+    (4, 512): (DecodeConfig(16, 16, 8, 2, 144),),
 }
 SM_100: Table = NVIDIA | {
     (2, 128): (DecodeConfig(16, 64, 4, 3, 255), *NVIDIA[2, 128][1:]),
+    (4, 128): (NVIDIA[4, 128][0], DecodeConfig(32, 32, 8, 2, 168)),
+    (4, 512): (DecodeConfig(16, 16, 8, 2, 168),),
+}
+
+SM_90: Table = NVIDIA | {
+    (2, 128): (NVIDIA[2, 128][0], DecodeConfig(32, 64, 4, 3, 208), *NVIDIA[2, 128][2:]),
+    (4, 128): (NVIDIA[4, 128][0], DecodeConfig(32, 16, 8, 2)),
+    (4, 512): (DecodeConfig(16, 16, 4, 2, 200),),
 }
 
 # 64 KiB of shared memory for a block, which is all that gfx942 has
@@ -98,7 +107,7 @@ SM_89: Table = SMALL | {
     ),
     (2, 128): (DecodeConfig(16, 64, 4, 2), DecodeConfig(64, 32, 8, 2, 255)),
     (2, 256): (DecodeConfig(16, 32, 4, 2), DecodeConfig(64, 32, 8, 2)),
-    (4, 64): (DecodeConfig(16, 64, 4, 2, 255), DecodeConfig(32, 32, 4, 1)),
+    (4, 64): (DecodeConfig(16, 64, 4, 2, 144), DecodeConfig(32, 32, 4, 1)),
 }
 # AMD: a thread has twice the registers where a block has no more than four waves
 GFX942: Table = SMALL | {(4, 512): (DecodeConfig(16, 16, 4, 1),)}
@@ -120,7 +129,7 @@ INTERPRETER: Table = {(2, 512): _TINY, (4, 512): _TINY}
 TABLES = {
     "sm_80": SM_80,
     "sm_89": SM_89,
-    "sm_90": NVIDIA,
+    "sm_90": SM_90,
     "sm_100": SM_100,
     "gfx942": GFX942,
     "xpu": SMALL,

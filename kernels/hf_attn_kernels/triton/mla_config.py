@@ -56,8 +56,12 @@ TABLES = {
     "xpu": SMALL,
     "interpreter": INTERPRETER,
 }
-# where widening a float8 tile beside that many rows would spill
-FEWER_ROWS = (("sm_80", 2, 512), ("sm_100", 2, 512))
+# (chip, bytes, padded rank) -> tiles over float8, where widening beside those above spills
+FLOAT8: dict[tuple[str, int, int], tuple[DecodeConfig, ...]] = {
+    ("sm_80", 2, 256): (DecodeConfig(16, 32, 4, 2), SM_80[2, 256][1]),
+    ("sm_80", 2, 512): SM_80[2, 512][:1],
+    ("sm_100", 2, 512): SM_100[2, 512][:1],
+}
 MAX_RANK, MAX_ROPE = 512, 128
 
 
@@ -74,6 +78,6 @@ def config_for(chip: str, itemsize: int, rank: int, rows: int, stored: int) -> D
     table = TABLES[chip]
     width = min(w for size, w in table if size == itemsize and w >= padded(rank))
     tiles = table[(itemsize, width)]
-    if stored < itemsize and (chip, itemsize, width) in FEWER_ROWS:
-        tiles = tiles[:1]
+    if stored < itemsize:
+        tiles = FLOAT8.get((chip, itemsize, width), tiles)
     return next((tile for tile in tiles if tile.block_m >= rows), tiles[-1])
