@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "CODE_OF_CONDUCT.md")
+PAGES = [ROOT / name for name in TOP]
 PAGES += [ROOT / folder / "README.md" for folder in ("kernels", "converters", "examples/text")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
