@@ -1,4 +1,4 @@
-"""What stands beside the code: workflows, hooks, templates, citation, and what they rely on."""
+"""What stands beside the code: workflows, hooks, templates, citation, CONTRIBUTING.md's tree."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
 AUTHORS = "hf-attn-patch contributors"
+
+
+PACKAGES = ("hf_attn_patch", "kernels/hf_attn_kernels", "converters/hf_attn_converters")
 
 
 def load(path: Path) -> Any:
@@ -76,3 +79,15 @@ def test_issue_templates_say_what_they_are_for() -> None:
     for template in templates:
         _, head, body = template.read_text().split("---\n", 2)
         assert {"name", "about", "labels"} <= set(yaml.safe_load(head)) and body.strip()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_contributing_shows_every_room(package: str) -> None:
+    """Folders and files directly in a package, none missing and none that is gone."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    [tree] = re.findall(rf"^{package}/ .*\n((?:  .+\n)+)", text, re.MULTILINE)
+    named = set(re.findall(r"(?<![\w/])[a-z_0-9]+(?:\.py|/)(?=[\s,])", tree))
+    folder = ROOT / package
+    files = {path.name for path in folder.glob("*.py")} - {"__init__.py"}
+    rooms = {f"{path.parent.name}/" for path in folder.glob("*/__init__.py")}
+    assert named == files | rooms
