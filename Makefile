@@ -1,6 +1,8 @@
 # Every target sets up what it needs. A fresh machine needs python3 (3.10 or newer, with venv) and make.
 #   make demo      the main job on a real checkpoint
 #   make test      the tests, on two transformers releases
+#   make test-latest   on whatever transformers, torch and triton are newest on the index
+#   make test-matrix   kernels on every Triton, tests on every Python that is supported (not in CI)
 #   make theirs    transformers' own tests of two families, with our attention in sdpa's place
 #   make coverage  which lines the tests run, by file; fails below 90% of a package
 #   make audit     the pinned packages, held to the database of known vulnerabilities
@@ -15,6 +17,8 @@ SLICE ?= all
 ARGS ?=
 VENV := .venv
 OLDEST := .venv-oldest
+LATEST := .venv-latest
+MATRIX := .venv-matrix
 DOCS := .venv-docs
 AUDIT := .venv-audit
 BIN := $(VENV)/bin/python
@@ -24,13 +28,16 @@ PIP := -m pip --disable-pip-version-check install -qq
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 WORKERS ?= 2
 # what touches names that differ between releases of transformers
-OLDEST_TESTS := $(addprefix tests/patch/test_,$(addsuffix .py,registry masks flash_names batching_tables continuous paged_cache mla_models mla_layers)) \
+OLDEST_TESTS := $(addprefix tests/patch/test_,$(addsuffix .py,registry private_names masks flash_names batching_tables batching_update continuous paged_cache mla_models mla_layers)) \
 	$(addprefix tests/repo/test_,$(addsuffix .py,hub_kernel))
+# what runs in Triton's interpreter
+TRITON_TESTS := $(addprefix tests/kernels/test_kernel_,$(addsuffix .py,interpreter append decode attention mla))
 
-.PHONY: setup demo test test-newest test-oldest theirs coverage audit docs bench bench-model results gpu wheel clean
+.PHONY: setup demo test test-newest test-oldest test-latest test-matrix theirs coverage audit docs bench bench-model results gpu wheel clean
 .PHONY: check check-format check-lint check-types check-tables format
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
+.PRECIOUS: $(MATRIX)-triton-%/.ready $(MATRIX)-python-%/.ready
 
 setup: $(VENV)/.ready
 
@@ -49,8 +56,11 @@ endef
 $(VENV)/.ready: pyproject.toml constraints/cpu.txt
 	$(call make_venv,$(VENV),constraints/cpu.txt,[dev$(comma)compare$(comma)uptrain],)
 
-$(OLDEST)/.ready: pyproject.toml constraints/oldest.txt
-	$(call make_venv,$(OLDEST),constraints/oldest.txt,[gpu],hypothesis kernels psutil pytest pytest-xdist)
+$(OLDEST)/.ready: pyproject.toml constraints/oldest.txt constraints/oldest-triton.txt
+	$(call make_venv,$(OLDEST),constraints/oldest.txt,,hypothesis kernels psutil pytest pytest-xdist)
+	@rm $@
+	@$(OLDEST)/bin/python $(PIP) --no-deps -r constraints/oldest-triton.txt
+	@touch $@
 
 comma := ,
 
@@ -64,6 +74,36 @@ test-newest: $(VENV)/.ready
 
 test-oldest: $(OLDEST)/.ready
 	$(TEST_ENV) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) $(OLDEST_TESTS)
+
+# Nothing is pinned, so it is made anew each time: what fails here is the next release's news.
+test-latest:
+	rm -rf $(LATEST)
+	$(call make_venv,$(LATEST),/dev/null,[dev$(comma)compare$(comma)uptrain],)
+	$(LATEST)/bin/hf-attn check
+	$(TEST_ENV) $(LATEST)/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Each in an environment of its own, on request: make test-matrix TRITONS=3.9.0 PYTHONS=
+TRITONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+PYTHONS ?= 3.10 3.11 3.12 3.13
+
+test-matrix: $(addprefix test-triton-,$(TRITONS)) $(addprefix test-python-,$(PYTHONS))
+
+# Triton against the pin of torch, and NumPy below 2.4, which Triton 3.6 needs.
+$(MATRIX)-triton-%/.ready: pyproject.toml constraints/oldest.txt
+	$(call make_venv,$(MATRIX)-triton-$*,constraints/oldest.txt,,hypothesis psutil pytest pytest-xdist)
+	@rm $@
+	@$(MATRIX)-triton-$*/bin/python $(PIP) --no-deps triton==$*
+	@touch $@
+
+test-triton-%: $(MATRIX)-triton-%/.ready
+	$(TEST_ENV) $(MATRIX)-triton-$*/bin/python -m pytest -q -n $(WORKERS) $(TRITON_TESTS) $(ARGS)
+
+$(MATRIX)-python-%/.ready: PYTHON = python$*
+$(MATRIX)-python-%/.ready: pyproject.toml constraints/cpu.txt
+	$(call make_venv,$(MATRIX)-python-$*,constraints/cpu.txt,[dev$(comma)compare$(comma)uptrain],)
+
+test-python-%: $(MATRIX)-python-%/.ready
+	$(TEST_ENV) $(MATRIX)-python-$*/bin/python -m pytest -q -n $(WORKERS) --dist worksteal $(ARGS)
 
 theirs: $(VENV)/.ready
 	$(TEST_ENV) $(BIN) scripts/upstream_tests.py --families llama,bert $(ARGS)
@@ -134,4 +174,4 @@ wheel: $(VENV)/.ready
 	$(BIN) -m build --wheel --no-isolation
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(DOCS) $(AUDIT) .coverage site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(LATEST) $(MATRIX)-* $(DOCS) $(AUDIT) .coverage site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

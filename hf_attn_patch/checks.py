@@ -12,7 +12,7 @@ from .capabilities import Accepted, Rejected, Verdict
 from .registration import model_check
 from .registry import IMPLEMENTATIONS, AttentionImpl, is_registered
 from .swa_config import stored
-from .transformers_compat import compat
+from .transformers_compat import compat, private_names
 from .transformers_compat.config_values import layer_value
 from .transformers_compat.model_code import parts
 
@@ -40,6 +40,9 @@ def check(
     impl = _find(implementation)
     if isinstance(impl, Rejected):
         return impl
+    refusal = private_names.refusal(impl.name)
+    if refusal is not None:
+        return Rejected(*refusal)
     if not is_registered(impl.name):
         return Rejected(
             f"{impl.name!r} is not registered with transformers", "call hf_attn_patch.register()"

@@ -10,28 +10,44 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from .transformers_compat import flash_names
+from .transformers_compat import batching_update, flash_names, private_names
 
 MODELLING = "transformers.modeling_utils"
 
 
 def register_with_transformers() -> None:
     """Register now what transformers has imported already, and the rest when it is imported."""
+    for module in private_names.modules():  # looked at before anything is made of them
+        _when_imported(module, partial(_look, module))
     _when_imported(MODELLING, _register_implementations)
     _when_imported("transformers.models.auto.configuration_auto", _register_configurations)
     _when_imported("transformers.models.auto.modeling_auto", _register_models)
     for module in flash_names.LISTING:
         _when_imported(module, flash_names.admit)
+    _when_imported(batching_update.MANAGER, batching_update.admit)
+
+
+_registered = False
+
+
+def _look(module: str) -> None:
+    private_names.look(module)
+    if _registered:  # until then what is missing is gathered for one warning
+        private_names.warn()
 
 
 def _register_implementations() -> None:
+    global _registered
     from .registry import register
 
     register()
+    _registered = True
+    private_names.warn()
 
 
 def _register_configurations() -> None:
@@ -49,33 +65,37 @@ def _register_models() -> None:
 def _when_imported(module: str, action: Callable[[], None]) -> None:
     if module in sys.modules:
         action()
-    elif not any(isinstance(f, _Waiting) and f.module == module for f in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting(module, action))
+        return
+    for finder in sys.meta_path:
+        if isinstance(finder, _Waiting):
+            finder.actions.setdefault(module, []).append(action)
+            return
+    sys.meta_path.insert(0, _Waiting({module: [action]}))
 
 
 class _Waiting(MetaPathFinder):
-    """Finds nothing itself; puts a loader that registers around the one module it waits for."""
+    """Finds nothing itself; puts a loader that registers around the modules it waits for."""
 
-    def __init__(self, module: str, action: Callable[[], None]) -> None:
-        self.module = module
-        self.action = action
+    def __init__(self, actions: dict[str, list[Callable[[], None]]]) -> None:
+        self.actions = actions
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self.module:
+        # taken out either way, and the search below must not come back here
+        actions = self.actions.pop(fullname, None)
+        if actions is None:
             return None
-        sys.meta_path.remove(self)  # done either way, and find_spec below must not come back here
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisteringLoader(spec.loader, self.action)
+            spec.loader = _RegisteringLoader(spec.loader, actions)
         return spec
 
 
 class _RegisteringLoader(Loader):
-    def __init__(self, loader: Loader, action: Callable[[], None]) -> None:
+    def __init__(self, loader: Loader, actions: list[Callable[[], None]]) -> None:
         self.loader = loader
-        self.action = action
+        self.actions = actions
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -86,4 +106,5 @@ class _RegisteringLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
-        self.action()
+        for action in self.actions:
+            action()

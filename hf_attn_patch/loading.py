@@ -95,14 +95,12 @@ ENCODER = Kind("encoder", "AutoModel", False)
 
 def kind_of(path: str) -> Kind:
     """Raises ValueError for a checkpoint that cannot be found, or is neither of the three."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
     import hf_attn_patch  # noqa: F401  registers the encoder classes with fewer KV heads
+    from hf_attn_converters.io.reading import load_config
 
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"cannot load {path!r}: {str(error).splitlines()[0]}") from error
+    config = load_config(path)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{path}: {config.model_type} is an encoder-decoder; decoders and encoders can be "
@@ -138,6 +136,7 @@ def load(
     from transformers.utils.logging import disable_progress_bar
 
     import hf_attn_patch
+    from hf_attn_converters.io.reading import check_config_file, reading
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is unknown; possible: {', '.join(DTYPES)}")
@@ -145,24 +144,39 @@ def load(
     choice = {"attn_implementation": spec.implementation} if spec.implementation else {}
     auto: Any = getattr(transformers, kind.auto_class)
     start = time.perf_counter()
-    try:
-        model: Any = auto.from_pretrained(
-            spec.path, dtype=DTYPES[dtype], **choice, trust_remote_code=False
+    check_config_file(spec.path)
+    with reading(spec.path):
+        try:
+            model, found = auto.from_pretrained(
+                spec.path,
+                dtype=DTYPES[dtype],
+                **choice,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except OSError as error:
+            first = str(error).splitlines()[0]
+            raise ValueError(f"cannot read {spec.path}: {first}") from error
+    if kind is not ENCODER and (lacking := sorted(map(str, found["missing_keys"]))):
+        raise ValueError(
+            f"{spec.path} lacks {', '.join(lacking[:3])}: a {type(model).__name__} would run with "
+            "random numbers there; take a checkpoint that has its head"
         )
-    except OSError as error:
-        raise ValueError(f"cannot load {spec.path!r}: {str(error).splitlines()[0]}") from error
     model.to(device or best_device())
     _warn_if_slow(model)
     model.eval()
     seconds = time.perf_counter() - start
     if spec.window is not None:
         hf_attn_patch.configure_swa(model, window=spec.window, sinks=spec.sinks)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):  # there is one, with code of its own
-            raise
-        tokenizer = None  # none in the folder
+    with reading(spec.path):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                spec.path, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):  # there is one, with code of its own
+                raise
+            tokenizer = None  # none in the folder
     return LoadedModel(
         spec=spec,
         label=label or spec.label,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from .capabilities import Capabilities, DeviceRequirement, Requirements
 from .registration import functions, model_check
-from .transformers_compat import flash_names, tables
+from .transformers_compat import batching_update, flash_names, private_names, tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +107,16 @@ def register(names: Iterable[str] | None = None) -> None:
 
     Raises:
         ValueError: an unknown name, or a name that somebody else has registered. Nothing is
-            registered then.
+            registered then. Or this release of transformers lacks what a name needs.
     """
-    chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
+    if names is None:  # what this release of transformers cannot be given was warned of
+        chosen = tuple(i for i in IMPLEMENTATIONS if private_names.refusal(i.name) is None)
+    else:
+        chosen = tuple(find(name) for name in names)
+    for impl in chosen:
+        refused = private_names.refusal(impl.name)
+        if refused is not None:
+            raise ValueError(f"{impl.name!r} cannot be registered: {refused[0]}; {refused[1]}")
     places = [place for impl in chosen for place in _places(impl)]
     for place in places:
         other = place.table.get(place.key)
@@ -136,7 +143,7 @@ def unregister(names: Iterable[str] | None = None) -> None:
     """
     chosen = IMPLEMENTATIONS if names is None else tuple(find(name) for name in names)
     for impl in chosen:
-        for place in _places(impl):
+        for place in _places(impl) if is_registered(impl.name) else ():
             if _is_ours(place.table.get(place.key)):
                 del place.table[place.key]
     model_check.remove()
@@ -145,6 +152,8 @@ def unregister(names: Iterable[str] | None = None) -> None:
 
 def is_registered(name: str) -> bool:
     """Whether transformers now knows `name`, and means this package by it."""
+    if private_names.missing_for(name):
+        return False
     return all(_is_ours(table.get(name)) for _, table in tables.interfaces())
 
 
@@ -170,7 +179,9 @@ def _watch() -> None:
     names = frozenset(impl.name for impl in IMPLEMENTATIONS if is_registered(impl.name))
     if names:
         model_check.install(names)
-    flash_names.install(frozenset(name for name in names if "flash" in name))
+    flash = frozenset(name for name in names if "flash" in name)
+    flash_names.install(flash)
+    batching_update.install(flash)
 
 
 def _is_ours(function: object) -> bool:

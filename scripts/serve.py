@@ -5,8 +5,8 @@
 
 The server is the one of `transformers serve`. That command takes only the attention implementations
 on a list of its own, so it is started here without one, and its model manager is given the name
-before it loads anything. (`Serve._model_manager` is not promised by transformers; seen in 5.17 and
-5.23.) See docs/serving.md.
+before it loads anything. (`Serve._model_manager` is not promised by transformers; seen in 5.17 to
+5.24.) See docs/serving.md.
 """
 
 from __future__ import annotations

@@ -19,6 +19,9 @@ _BEGIN, _END = "<!-- hf-attn-patch: begin -->", "<!-- hf-attn-patch: end -->"
 _SECTION = re.compile(re.escape(_BEGIN) + ".*?" + re.escape(_END) + r"\r?\n?", re.DOTALL)
 
 
+SPECIAL_TOKENS = {"windows_begin_with", "windows_end_with"}  # <s> would be read as markup
+
+
 def version() -> str:
     """This program's version; "unknown" when it runs without being installed."""
     try:
@@ -118,6 +121,8 @@ def _after(record: Mapping[str, Any]) -> str:
 def _phrase(values: Mapping[str, Any]) -> str:
     """The plain values in one line; lists and tables stay in the record."""
     plain = {k: v for k, v in values.items() if isinstance(v, str | int | float)}
+    for key in SPECIAL_TOKENS & plain.keys():
+        plain[key] = f"`{plain[key]}`" if plain[key] else "no special token"
     return ", ".join(f"{k.replace('_', ' ')} {_number(v)}" for k, v in plain.items())
 
 

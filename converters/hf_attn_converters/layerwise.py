@@ -42,21 +42,38 @@ def calibrate_layers(
     say = progress or (lambda done, total, what: None)
     folder.mkdir(exist_ok=True)
     settings = calibration or Calibration()
-    source = SourceModel(work, settings.device or best_device(), settings.fit.step_tokens)
+    source = source_model(
+        work,
+        device=settings.device or best_device(),
+        tokens_at_once=settings.fit.step_tokens,
+    )
     settings = settings.at_most(source.positions)
     tokens = _tokens(work, folder, settings, source, say)
-    watch = Watch(work, source, tokens.ids)
+    watch = Watch(source, tokens.ids)
     work = _surveyed(work, folder, watch, say)
     errors = _Conversion(work, folder, watch, settings).run(say)
     record: dict[str, Any] = {
         "origin": tokens.origin,
         "tokens": tokens.count,
         "sequence_length": tokens.ids.shape[1],
+        "windows_begin_with": tokens.begin,
+        "windows_end_with": tokens.end,
         "seed": settings.seed,
     }
     if work.method.fitted:
         record |= {"fit": asdict(settings.fit), "errors": [round(e, 6) for e in errors]}
     return work, record
+
+
+def source_model(work: Work, **options: Any) -> SourceModel:
+    """The model of a conversion's source. `options`: device and tokens_at_once of `SourceModel`."""
+    return SourceModel(
+        work.source.folder,
+        work.family,
+        layers=work.plan.layers,
+        trust_remote_code=work.is_our_code,
+        **options,
+    )
 
 
 def _tokens(
@@ -66,12 +83,13 @@ def _tokens(
     path = folder / TOKENS_FILE
     if path.exists():
         tensors, about = _load(path)
-        return Tokens(tensors["ids"], about["origin"])
+        return Tokens(tensors["ids"], about["origin"], about["begin"], about["end"])
     with source.products():
-        found = calibration_tokens(settings, work.source.folder, source.model, progress)
+        found = calibration_tokens(settings, source, progress)
     together = rows_at_once(found.ids, settings.fit.step_tokens)
     found = replace(found, ids=found.ids[: len(found.ids) // together * together].contiguous())
-    _save(path, {"ids": found.ids}, {"origin": found.origin})
+    about = {"origin": found.origin, "begin": found.begin, "end": found.end}
+    _save(path, {"ids": found.ids}, about)
     return found
 
 

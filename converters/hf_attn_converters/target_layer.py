@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .calibration.source_model import Call
 from .conversion import Work
+from .io.reading import reading
 
 
 class TargetLayers:
@@ -29,9 +30,9 @@ class TargetLayers:
             for file, text in work.extra_files.items():
                 (folder / file).write_text(text)
             ours = bool(work.extra_files)
-            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
             auto = getattr(transformers, work.family.auto_class)
-            with torch.device("meta"):
+            with torch.device("meta"), reading(work.source.folder):
+                config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=ours)
                 model = auto.from_config(config, trust_remote_code=ours)
         # On the meta device: without weights.
         self.empty: nn.ModuleList = model.get_submodule(work.family.layers_path)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Mapping
+import zlib
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from .conversion import EXACT, Work
 from .heads.layer import convert_layer
 from .heads.plan import plan_conversion
 from .io.checkpoint import Checkpoint, has_tokenizer, open_checkpoint
+from .io.reading import load_config, reading
 
 EXACT_KL = 1e-6  # above this, a conversion that should lose nothing lost something
 TOKENS = 256  # of the text at most
@@ -38,9 +40,11 @@ hearing it." This was invitation enough.
 @dataclass(frozen=True, kw_only=True)
 class Verification:
     """What was found. `kl` (nats per token, source against output) and `top1` (share of equal
-    first choices) are None for a model without logits, `cosine` (of hidden states) for others."""
+    first choices) are None for a model without logits of its own, `cosine` (of hidden states) for
+    others."""
 
     text: str  # what it was measured on
+    source_lacks: tuple[str, ...]  # tensors that transformers drew at random: no logits then
     tokens: int
     kl: float | None
     top1: float | None
@@ -65,20 +69,20 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
     Loads the two models one after the other, in float32. Raises RuntimeError when weights are
     missing, unexpected or of another shape, when an exact conversion is not exact, or when the
     output's numbers are not finite. `text` is a short built-in one by default; without a
-    tokenizer random tokens take its place.
+    tokenizer random tokens take its place. Where the source lacks tensors that its class has,
+    hidden states are compared: logits would be those of a random head.
     """
-    from transformers import AutoConfig
-
     output = open_checkpoint(folder)
     ours_trusted, theirs_trusted = bool(work.extra_files), work.is_our_code
     if importlib.util.find_spec("accelerate") is not None:  # on the meta device: no weights yet
         known = _load(work.source, trusted=theirs_trusted, device_map="meta")[1]
         _check_faults(_load(output, trusted=ours_trusted, device_map="meta")[1], known)
     back = _round_trip(work, folder)
-    settings = AutoConfig.from_pretrained(work.source.folder, trust_remote_code=theirs_trusted)
+    settings = load_config(work.source.folder, trust_remote_code=theirs_trusted)
     tokens, name = _tokens(work, text, settings.get_text_config())
     theirs, are_logits, known = _run(work.source, tokens, trusted=theirs_trusted)
-    ours, _, faults = _run(output, tokens, trusted=ours_trusted)
+    lacking = known["missing_keys"]
+    ours, _, faults = _run(output, tokens, trusted=ours_trusted, lacking=lacking)
     _check_faults(faults, known)
     if theirs.shape != ours.shape:
         raise RuntimeError(
@@ -89,6 +93,7 @@ def verify_output(work: Work, folder: Path, text: Text | None = None) -> Verific
         raise RuntimeError("verification failed: the output's numbers are not finite")
     result = Verification(
         text=name,
+        source_lacks=tuple(sorted(lacking)),
         tokens=tokens.numel(),
         kl=_kl(theirs, ours) if are_logits else None,
         top1=(theirs.argmax(-1) == ours.argmax(-1)).float().mean().item() if are_logits else None,
@@ -148,18 +153,30 @@ def _tokens(work: Work, text: Text | None, config: Any) -> tuple[Tensor, str]:
     from transformers import AutoTokenizer
 
     text = text or Text(BUILT_IN, "built-in")
-    tokenizer = AutoTokenizer.from_pretrained(work.source.folder, trust_remote_code=False)
+    with reading(work.source.folder):
+        tokenizer = AutoTokenizer.from_pretrained(work.source.folder, trust_remote_code=False)
     found = tokenizer(text.words, return_tensors="pt", truncation=True, max_length=limit)
     return found["input_ids"].long(), text.name
 
 
 @torch.inference_mode()
 def _run(
-    checkpoint: Checkpoint, tokens: Tensor, *, trusted: bool
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    *,
+    trusted: bool,
+    lacking: Collection[str] = (),
 ) -> tuple[Tensor, bool, dict[str, set[str]]]:
-    """What a model gives for the tokens, [N, V], whether that is logits, and loading faults."""
+    """What a model gives for the tokens, [N, V], whether that is logits, and loading faults.
+
+    Hidden states where tensors are missing, here or in the source (`lacking`).
+    """
     model, faults = _load(checkpoint, trusted=trusted)
-    output = model.eval()(input_ids=tokens)
+    model.eval()
+    if lacking := {*lacking, *faults["missing_keys"]}:
+        _fill(model, lacking)
+        model = model.base_model
+    output = model(input_ids=tokens)
     are_logits = "logits" in output
     numbers = (output["logits"] if are_logits else output[0]).float()
     del model
@@ -167,18 +184,28 @@ def _run(
     return numbers.reshape(-1, numbers.shape[-1]), are_logits, faults
 
 
+def _fill(model: Any, lacking: Collection[str]) -> None:
+    """Give missing tensors the same numbers in every model, by their names: what transformers
+    drew would differ from one loading to the next."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in lacking:
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+
+
 def _load(
     checkpoint: Checkpoint, *, trusted: bool, **options: Any
 ) -> tuple[Any, dict[str, set[str]]]:
     """The model of a folder in float32, and what transformers found wrong with its tensors."""
-    model, found = _model_class(checkpoint.config).from_pretrained(
-        checkpoint.folder,
-        dtype=torch.float32,
-        trust_remote_code=trusted,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # else the same, as an exception of many lines
-        **options,
-    )
+    with reading(checkpoint.folder):
+        model, found = _model_class(checkpoint.config).from_pretrained(
+            checkpoint.folder,
+            dtype=torch.float32,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else the same, as an exception of many lines
+            **options,
+        )
     return model, {kind: set(map(str, names)) for kind, names in found.items()}
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from hf_attn_kernels import flash_attn_varlen_func, flash_attn_with_kvcache
 
+from ..transformers_compat import batching_update
 from ..transformers_compat.continuous_cache import LayerPages, layer_pages, windowed_keys
 from . import batching_tables, keywords
 
@@ -50,11 +51,27 @@ class Batch:
     positions: Tensor | None  # [T], None if the model does not pass them on
 
 
-# not compiled: making it functional would copy the manager's whole memory for each layer
 # what other calls are served and continuous batching is not
 NOT_OVER_PAGES = ("indices", "output_attentions", "position_bias")
 # what the manager says of its batch, in one release or another, and this does not need
 MANAGERS = frozenset({"logits_indices", "logits_processor_args", "max_seqlen_k", "max_seqlen_q"})
+
+
+def refuse_without_pages() -> NoReturn:
+    """A batch of the manager's came and its cache did not.
+
+    Raises:
+        ValueError: always.
+    """
+    import transformers
+
+    raise ValueError(
+        "continuous batching (generate_batch) with 'triton_paged_flash2' got a batch without the "
+        "cache that holds its pages: either this model's layers share the keys of other layers, or "
+        f"transformers {transformers.__version__} hands its cache over in a way that this release "
+        "of hf-attn-patch does not know (`hf-attn check` lists what is missing). Use generate(), "
+        "or attn_implementation='sdpa'."
+    )
 
 
 def _refuse_unserved(given: dict[str, Any]) -> None:
@@ -71,6 +88,7 @@ def _refuse_unserved(given: dict[str, Any]) -> None:
         )
 
 
+# not compiled: making it functional would copy the manager's whole memory for each layer
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend_pages(
     module: nn.Module,
@@ -104,8 +122,9 @@ def attend_pages(
     Raises:
         ValueError: a cache, or pages, that cannot be read.
     """
-    _refuse_unserved(kwargs)
     layer_idx: int = module.layer_idx  # type: ignore[assignment]
+    batching_update.taken_over(cache, layer_idx)
+    _refuse_unserved(kwargs)
     layer = layer_pages(cache, layer_idx)
     options: dict[str, Any] = {
         "softmax_scale": scaling,

@@ -151,11 +151,11 @@ def documents_of(
 ) -> packing.Documents | None:
     """What positions tell of packed sequences, where no mask says more."""
     assert position_ids is not None
-    if mask is not None:
-        visible = formats.read(mask, key.shape[2])
-        if not visible.banded or visible.padding is not None or visible.offsets is not None:
-            return None
-    keys = key.shape[2] if mask is None else visible.keys
+    visible = formats.read(mask, key.shape[2])
+    whole = visible.banded and visible.padding is None and visible.offsets is None
+    if not whole and not formats.positions_tell(mask):
+        return None
+    keys = visible.keys
     if torch.compiler.is_compiling():
         packing.assert_one_document(position_ids)
     elif keys == query.shape[2]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..transformers_compat import latent_layers as adapter
-from ..transformers_compat.compat import implementation_of
+from ..transformers_compat.compat import cache_keyword, implementation_of
 from .results import OURS, BenchRow, append_rows, environment, time_interleaved
 from .tolerance import ROUNDING_BAND
 
@@ -43,7 +43,7 @@ class FullCache:
     def __init__(self, latent: Tensor, rope: Tensor) -> None:
         self.latent, self.rope = latent, rope  # [1, 1, K, R], [1, 1, K, P]
 
-    def update(self, latent: Tensor, rope: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, latent: Tensor, rope: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.latent[:, :, -1:], self.rope[:, :, -1:] = latent, rope
         return self.latent, self.rope
 
@@ -63,7 +63,9 @@ class Step:
     cache: FullCache
 
     def layer(self, name: str) -> Tensor:
-        out, _ = self.layers[name](self.hidden, self.turn, None, past_key_values=self.cache)
+        layer = self.layers[name]
+        given = {cache_keyword(layer): self.cache}
+        out, _ = layer(self.hidden, self.turn, None, **given)
         return out  # type: ignore[no-any-return]
 
     def attention(self, name: str) -> Tensor:

@@ -125,6 +125,8 @@ def convert_command(
             f"{result.plan.disk_free:,} free"
         )
         return
+    if result.calibration is not None:
+        typer.echo(f"calibrated on {result.calibration['origin']}")
     if result.verification is not None:
         typer.echo(verification_line(result.verification))
     line = f"wrote {dst} in {result.seconds:.1f} s"
@@ -152,8 +154,13 @@ def verification_line(found: Verification) -> str:
         numbers = f"cosine of the hidden states {found.cosine:.6f}"
     else:
         numbers = f"KL {found.kl:.3g}, top-1 agreement {found.top1:.1%}"
+    tensors = "all tensors load"
+    if found.source_lacks:
+        tensors = (
+            f"all tensors load but {', '.join(found.source_lacks)}, which the source lacks too"
+        )
     return (
-        f"verified: all tensors load; {numbers} on {found.tokens} tokens ({found.text}); "
+        f"verified: {tensors}; {numbers} on {found.tokens} tokens ({found.text}); "
         f"round trip: {found.round_trip}"
     )
 

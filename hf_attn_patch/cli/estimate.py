@@ -54,6 +54,8 @@ def estimate_command(
         return
     typer.echo(f"{shape.name}: {shape.model_type}, {shape.parameters:,} parameters, {shape.dtype}")
     typer.echo(f"{_layers(shape)}; {_cache(shape)}")
+    if shape.left_out:
+        typer.echo(f"the decoder's weights only: {shape.left_out}")
     typer.echo(
         f"{chip.title}: {chip.flops_s(shape.element_size) / 1e12:.3g} TFLOP/s, "
         f"{chip.gbytes_s:,.0f} GB/s, {chip.gbytes:.0f} GB ({chip.source}); batch {batch}, "

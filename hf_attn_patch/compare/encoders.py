@@ -107,6 +107,8 @@ class MaskedRows:
 
 def masked_rows(tokenizer: Any, text: str, max_tokens: int) -> MaskedRows:
     """Rows of LENGTH tokens between special ones, a share MASKED of them masked, seeded."""
+    from hf_attn_converters.io.special_tokens import text_ends
+
     ids = tokenizer(text[: 16 * max_tokens], add_special_tokens=False, verbose=False)["input_ids"]
     body = LENGTH - tokenizer.num_special_tokens_to_add()
     count = min(len(ids), max_tokens) // body
@@ -119,9 +121,9 @@ def masked_rows(tokenizer: Any, text: str, max_tokens: int) -> MaskedRows:
     generator = torch.Generator().manual_seed(0)
     chosen = torch.rand(inner.shape, generator=generator) < MASKED
     chosen[:, 0] |= ~chosen.any(1)  # at least one in each row
-    before, after = _special(tokenizer)
+    special = text_ends(tokenizer)
     hidden = inner.masked_fill(chosen, tokenizer.mask_token_id)
-    ends = [torch.tensor(part).long().expand(count, len(part)) for part in (before, after)]
+    ends = [torch.tensor(p).long().expand(count, len(p)) for p in (special.before, special.after)]
     never = [torch.zeros_like(end, dtype=torch.bool) for end in ends]
     return MaskedRows(
         ids=torch.cat([ends[0], hidden, ends[1]], dim=1),
@@ -129,14 +131,6 @@ def masked_rows(tokenizer: Any, text: str, max_tokens: int) -> MaskedRows:
         truth=inner[chosen],
         rows=chosen.nonzero()[:, 0],
     )
-
-
-def _special(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind a text."""
-    encoded = tokenizer("a", return_special_tokens_mask=True)
-    marks = encoded["special_tokens_mask"]
-    inner = [i for i, mark in enumerate(marks) if not mark]
-    return encoded["input_ids"][: inner[0]], encoded["input_ids"][inner[-1] + 1 :]
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,15 @@ def encode_prompt(tokenizer: Any, prompt: str, chat: bool | None) -> Any:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template; use --no-chat")
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": prompt}],
-        add_generation_prompt=True,
-        return_tensors="pt",
-        return_dict=True,
-    )
+    from hf_attn_converters.io.reading import reading
+
+    with reading(tokenizer.name_or_path):
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
 
 
 def greedy(

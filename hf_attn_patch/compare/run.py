@@ -31,10 +31,12 @@ from .speed import Speed, measure_speed
 from .tasks import TaskScore, check_tasks, measure_tasks
 from .text import (
     Documents,
+    first_scored,
     prompts_from,
     read_documents,
     read_prompts,
     sliding_windows,
+    special_tokens_before,
     tokenize,
     tokenize_documents,
 )
@@ -151,9 +153,18 @@ def _with_quality(
         return found
     tokens, units, name = tokenize_documents(models[0].tokenizer, documents, options.max_tokens)
     _check_length(tokens, options)
-    windows = sliding_windows(tokens, window=options.window, stride=options.stride)
-    step = _counter(progress, "quality", len(models) * (len(tokens) - 1))
-    return replace(found, quality=measure_quality(models, windows, step, units[1:]), units=name)
+    before = special_tokens_before(models[0].tokenizer, tokens)
+    windows = sliding_windows(tokens, window=options.window, stride=options.stride, before=before)
+    first = first_scored(before)
+    step = _counter(progress, "quality", len(models) * (len(tokens) - first))
+    quality = measure_quality(models, windows, step, units[first:])
+    begin = " ".join(models[0].tokenizer.convert_ids_to_tokens(tokens[:before].tolist()))
+    return replace(
+        found,
+        quality=quality,
+        units=name,
+        provenance=found.provenance | {"windows begin with": begin or "no special token"},
+    )
 
 
 def _check_length(tokens: Tensor, options: CompareOptions) -> None:

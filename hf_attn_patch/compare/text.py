@@ -109,19 +109,41 @@ def tokenize_documents(
     return tokens, blocks_of(len(tokens)), "blocks of tokens"
 
 
-def sliding_windows(tokens: Tensor, *, window: int, stride: int) -> Iterator[Window]:
+def special_tokens_before(tokenizer: Any, tokens: Tensor) -> int:
+    """How many of the `tokens` [n] of a text the tokenizer put in front: BOS, or none."""
+    from hf_attn_converters.io.special_tokens import text_ends
+
+    before = text_ends(tokenizer).before
+    return len(before) if tokens[: len(before)].tolist() == list(before) else 0
+
+
+def first_scored(before: int) -> int:
+    """Index of the first token that is scored; `before` special tokens are context only."""
+    return max(1, before)
+
+
+def sliding_windows(
+    tokens: Tensor, *, window: int, stride: int, before: int = 0
+) -> Iterator[Window]:
     """Cut `tokens` so that each but the first is scored once, with window - stride before it.
 
-    The first window scores all it can: its tokens after the first.
+    The first window scores all it can: its tokens after the first. The first `before` tokens are
+    special ones that begin every window, as they begin every text at inference; they are never
+    scored, and take the place of as many tokens of context.
     """
-    if not 1 <= stride < window:
+    least = first_scored(before)
+    if not 1 <= stride <= window - least:
         raise ValueError(
-            f"the stride must lie in 1..window-1, got stride {stride}, window {window}"
+            f"the stride must lie in 1..window-{least}, got stride {stride}, window {window}"
         )
-    done = 1
+    done = least
     while done < len(tokens):
-        end = min(window if done == 1 else done + stride, len(tokens))
-        yield Window(tokens[max(0, end - window) : end], scored=end - done)
+        end = min(window if done == least else done + stride, len(tokens))
+        if end <= window:
+            yield Window(tokens[:end], scored=end - done)
+        else:
+            body = tokens[end - window + before : end]
+            yield Window(torch.cat([tokens[:before], body]), scored=end - done)
         done = end
 
 

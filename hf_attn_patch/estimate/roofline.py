@@ -82,24 +82,26 @@ def kv_head_choices(shape: Shape) -> list[int]:
 
 
 def _prefill(shape: Shape, device: Device, batch: int, context: int) -> Pass:
-    pairs = sum(_pairs(layer, context) for layer in shape.layers)
+    products = sum(_width(shape, layer) * _pairs(layer, context) for layer in shape.layers)
     flops = batch * (
         2 * active(shape) * context
         + 2 * shape.head_parameters  # only the last token's logits are wanted
-        + 2 * shape.query_heads * (shape.qk_dim + shape.v_dim) * pairs
+        + 2 * shape.query_heads * products
     )
     moved = read_weights(shape, batch * context) + batch * shape.kv_bytes(context)
     return _pass(shape, device, batch * context, flops, moved)
 
 
 def _decode(shape: Shape, device: Device, batch: int, context: int) -> Pass:
-    seen = sum(layer.seen(context) for layer in shape.layers)
-    flops = batch * (
-        2 * (active(shape) + shape.head_parameters)
-        + 2 * shape.query_heads * (shape.qk_dim + shape.v_dim) * seen
-    )
+    products = sum(_width(shape, layer) * layer.seen(context) for layer in shape.layers)
+    flops = batch * (2 * (active(shape) + shape.head_parameters) + 2 * shape.query_heads * products)
     moved = read_weights(shape, batch) + batch * shape.read_bytes(context)
     return _pass(shape, device, batch, flops, moved)
+
+
+def _width(shape: Shape, layer: Layer) -> int:
+    """Numbers of a query head that are multiplied per pair: in the scores, and in the sum."""
+    return shape.qk_dim + shape.v_dim if shape.latent else layer.k_dim + layer.v_dim
 
 
 def _pass(shape: Shape, device: Device, tokens: int, flops: float, moved: float) -> Pass:

@@ -1,4 +1,7 @@
-"""A decoder's sizes from its config: layers, what each caches, and parameters, without weights."""
+"""A decoder's sizes from its config: layers, what each caches, and parameters, without weights.
+
+Of a model that also sees or hears, the layers are its decoder's and the parameters all.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..transformers_compat.config_values import layer_value, layer_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ class Shape:
     experts_used: int
     layer_parameters: int  # of these; neither the embedding nor the head
     head_parameters: int  # hidden states to logits; may be the embedding's own
+    left_out: str = ""  # why weights beside the decoder's are not counted, if they are not
 
     @property
     def kv_heads(self) -> int:
@@ -109,6 +115,9 @@ WINDOWS: dict[str, str | None] = {
     "conv": None,
 }
 EXPERTS = ("num_local_experts", "n_routed_experts", "num_experts")
+EXPERTS_USED = ("num_experts_per_tok", "top_k_experts")
+# what a layer may have in another number than its neighbours
+BY_LAYER = ("num_attention_heads", "num_key_value_heads", "head_dim", "v_head_dim", "kv_lora_rank")
 
 
 def read_shape(path: str, dtype: str | None = None) -> Shape:
@@ -118,56 +127,107 @@ def read_shape(path: str, dtype: str | None = None) -> Shape:
     config's. Raises ValueError for a config that cannot be read, that is of no decoder, or whose
     layers cache something else than keys and values.
     """
-    import transformers
-    from transformers import AutoConfig
-
     import hf_attn_patch  # noqa: F401  registers its own model classes
+    from hf_attn_converters.io.reading import load_config, reading
 
-    try:
-        whole: Any = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except OSError as error:
-        raise ValueError(f"cannot read {path!r}: {str(error).splitlines()[0]}") from error
+    whole = load_config(path)
+    with reading(path):
+        return _shape(path, whole, dtype)
+
+
+def _shape(path: str, whole: Any, dtype: str | None) -> Shape:
     config: Any = whole.get_text_config(decoder=True)
-    if getattr(whole, "is_encoder_decoder", False):
+    if getattr(whole, "is_encoder_decoder", False) or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{path}: {whole.model_type} is an encoder-decoder; decoders are estimated"
         )
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or _is_encoder(config):
+    auto = _auto_class(whole, config)
+    heads = layer_value(config, "num_attention_heads")
+    if auto is None or _is_encoder(config) or heads is None:
         raise ValueError(
-            f"{path}: {config.model_type} is no decoder, it has no KV cache to estimate"
+            f"{path}: {config.model_type} is no decoder with attention, it has no KV cache to "
+            "estimate"
         )
-    with torch.device("meta"):
-        model: Any = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    latent = getattr(config, "kv_lora_rank", None) is not None
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    qk_dim, v_dim = head_dim, getattr(config, "v_head_dim", None) or head_dim
+    hidden = config.hidden_size
+    _check_sizes(path, num_hidden_layers=config.num_hidden_layers, num_attention_heads=heads,
+                 hidden_size=hidden, vocab_size=config.vocab_size)  # fmt: skip
+    layers = tuple(_layers(path, config, hidden // heads))
+    model, left_out = _outline(auto, whole, config)
+    latent = layer_value(config, "kv_lora_rank") is not None
+    qk_dim = max(layer.k_dim for layer in layers)
+    v_dim = max(layer.v_dim for layer in layers)
     if latent:  # scores and sums over the latent, as its papers absorb the projections
-        qk_dim, v_dim = config.kv_lora_rank + config.qk_rope_head_dim, config.kv_lora_rank
-    experts = next((n for key in EXPERTS if (n := getattr(config, key, None))), 0)
-    chosen = _dtype(dtype or getattr(config, "dtype", None))
+        qk_dim, v_dim = v_dim + config.qk_rope_head_dim, v_dim
+    experts = _first(config, EXPERTS)
+    chosen = _dtype(dtype or getattr(whole, "dtype", None) or getattr(config, "dtype", None))
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    decoder = sizes if model.config is config else _decoder_sizes(model)
     ends = {id(m.weight): m.weight.numel() for m in _ends(model)}  # one entry if they are tied
     return Shape(
         name=_name(path),
-        model_type=config.model_type,
+        model_type=whole.model_type if len(decoder) < len(sizes) else config.model_type,
         dtype=str(chosen).removeprefix("torch."),
         element_size=chosen.itemsize,
         query_heads=heads,
         qk_dim=qk_dim,
         v_dim=v_dim,
-        hidden=config.hidden_size,
-        layers=tuple(_layers(path, config, latent, head_dim)),
+        hidden=hidden,
+        layers=layers,
         latent=latent,
         parameters=sum(sizes.values()),
         expert_parameters=sum(
-            size for name, size in sizes.items() if experts and re.search(r"\bexperts\b", name)
+            size for name, size in decoder.items() if experts and re.search(r"\bexperts\b", name)
         ),
         experts=experts,
-        experts_used=getattr(config, "num_experts_per_tok", None) or 0,
-        layer_parameters=sum(sizes.values()) - sum(ends.values()),
+        experts_used=_first(config, EXPERTS_USED),
+        layer_parameters=sum(decoder.values()) - sum(ends.values()),
         head_parameters=_ends(model)[-1].weight.numel(),
+        left_out=left_out,
     )
+
+
+def _outline(auto: Any, whole: Any, config: Any) -> tuple[Any, str]:
+    """The model without memory, and why its towers are left out, if they are."""
+    import transformers
+
+    decoder, left_out = transformers.AutoModelForCausalLM, ""
+    with torch.device("meta"):
+        if auto is not decoder:
+            try:
+                return auto.from_config(whole, trust_remote_code=False), left_out
+            except ImportError as error:
+                if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+                    raise
+                left_out = str(error).strip().splitlines()[0]
+        return decoder.from_config(config, trust_remote_code=False), left_out
+
+
+def _auto_class(whole: Any, config: Any) -> Any:
+    """What builds the model: with all its towers if it has any; None for no language model."""
+    import transformers
+
+    if whole is not config and type(whole) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    return None
+
+
+def _decoder_sizes(model: Any) -> dict[str, int]:
+    """Parameters that each token passes, by name: the decoder's and the head's."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    inside = {id(p) for module in (decoder, head) for p in module.parameters()}
+    return {name: p.numel() for name, p in model.named_parameters() if id(p) in inside}
+
+
+def _first(config: Any, keys: tuple[str, ...]) -> int:
+    return next((n for key in keys if (n := layer_value(config, key))), 0)
+
+
+def _check_sizes(path: str, **sizes: Any) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"cannot read {path}: {name}, {size!r} is no positive number")
 
 
 def _ends(model: Any) -> tuple[Any, Any]:
@@ -196,7 +256,8 @@ def _name(path: str) -> str:
     return found.parent.name if found.name == "config.json" else found.name
 
 
-def _layers(path: str, config: Any, latent: bool, head_dim: int) -> list[Layer]:
+def _layers(path: str, config: Any, default_dim: int) -> list[Layer]:
+    """`default_dim`: of a head, where a config does not name it."""
     count = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None) or [_kind_of_all(config)] * count
     if unknown := sorted(set(kinds) - WINDOWS.keys()):
@@ -206,16 +267,20 @@ def _layers(path: str, config: Any, latent: bool, head_dim: int) -> list[Layer]:
         )
     shared = getattr(config, "num_kv_shared_layers", None) or 0
     layers = []
+    images = set(getattr(config, "cross_attention_layers", None) or ())  # cache no text
+    differ = any(len(layer_values(config, name)) > 1 for name in BY_LAYER)
     for i, kind in enumerate(kinds):
+        own = config.per_layer_config[i] if differ else config
         key = WINDOWS[kind]
-        if key is None:
+        if key is None or i in images:
             layers.append(Layer(kv_heads=0, k_dim=0, v_dim=0, attends=False))
             continue
-        window = getattr(config, key) if key else None
-        if latent:  # the latent, and the rotary key that all heads share
-            sizes = (1, config.qk_rope_head_dim, config.kv_lora_rank)
+        window = getattr(own, key) if key else None
+        if getattr(own, "kv_lora_rank", None) is not None:
+            # the latent, and the rotary key that all heads share
+            sizes = (1, own.qk_rope_head_dim, own.kv_lora_rank)
         else:
-            sizes = _sizes(config, kind, head_dim)
+            sizes = _sizes(own, kind, getattr(own, "head_dim", None) or default_dim)
         heads, k_dim, v_dim = sizes
         others = i >= count - shared
         layers.append(Layer(kv_heads=heads, k_dim=k_dim, v_dim=v_dim, window=window, shared=others))

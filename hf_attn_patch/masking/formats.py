@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 STATED = torch.int8  # the dtype that says: causal
+POSITIONS_TELL = "hf_attn_positions_tell"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +56,17 @@ def unstated(mask: Tensor) -> Tensor | None:
     if _one_expanded(mask):
         return mask[:1, :1].to(torch.bool).expand(mask.shape)
     return mask.to(torch.bool)
+
+
+def let_positions_tell(mask: Tensor) -> None:
+    """Mark a dense mask that was made here, of one row without padding: positions that start over
+    hide more than it knows of. Somebody else's mask says all there is to say."""
+    setattr(mask, POSITIONS_TELL, True)
+
+
+def positions_tell(mask: Tensor | None) -> bool:
+    """Whether positions may still tell packed sequences apart."""
+    return mask is None or getattr(mask, POSITIONS_TELL, False)
 
 
 def same_for_all_queries(padding: Tensor) -> Tensor:

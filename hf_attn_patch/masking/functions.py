@@ -98,6 +98,13 @@ def _takes_compact(request: MaskRequest, pattern: Pattern) -> bool:
     return traits.compact_masks and not sliced and (pattern.window is None or passes)
 
 
+def _is_encoder(config: Any) -> bool:
+    """A model that calls itself an encoder asks for a causal mask in generate() only, and asks
+    again with the answer, for a bidirectional one: a compact answer would be taken for padding."""
+    decodes = getattr(config, "is_decoder", True) or getattr(config, "is_encoder_decoder", False)
+    return not decodes
+
+
 def _layers_agree(request: MaskRequest, pattern: Pattern) -> bool:
     """Whether a layer's own word on causality is the pattern's, whichever layer it is."""
     traits = compat.traits(request.config)
@@ -128,6 +135,8 @@ def _causal(r: MaskRequest, settings: SwaSettings, pattern: Pattern) -> Tensor |
     if columns is not None:
         padding = columns.gather(padding)
         reach = r.kv_length
+    if _is_encoder(r.config) and r.q_length > 1:
+        return _dense(r, settings, pattern)
     # one query without a window sees all keys, causal or not
     agreed = _layers_agree(r, pattern) or (r.q_length == 1 and pattern.window is None)
     if not _takes_compact(r, pattern):
@@ -218,4 +227,13 @@ def _dense(r: MaskRequest, settings: SwaSettings, pattern: Pattern | None) -> Te
     assert mask is not None  # it is left out only where skipping is allowed
     if rolled:
         return sinks.rolled_columns(r, total, settings.sinks).gather_dense(mask)
+    if not torch.compiler.is_compiling() and _hides_nothing(r):
+        formats.let_positions_tell(mask)
     return mask
+
+
+def _hides_nothing(r: MaskRequest) -> bool:
+    """Whether there is no padding in a prompt of one row, the only one that can be packed."""
+    if r.batch_size != 1 or r.q_length == 1:
+        return False
+    return r.attention_mask is None or bool(r.attention_mask.all())

@@ -41,11 +41,10 @@ def _positions_of_documents(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook: cu_seq_lens_q of a row becomes position_ids that start over."""
     from ..attention import packing
-    from ..transformers_compat.compat import implementation_of
 
     offsets = kwargs.get("cu_seq_lens_q")
-    attention_class = _classes().get(str(implementation_of(model.config)))
-    if offsets is None or not getattr(attention_class, "__name__", "").startswith(CLASS_OF):
+    # the layers themselves are asked: the table forgets a name that is unregistered
+    if offsets is None or not any(type(m).__name__.startswith(CLASS_OF) for m in model.modules()):
         return None
     if "position_ids" not in signature(type(model).forward).parameters:
         raise ValueError(
@@ -73,6 +72,10 @@ def remove(name: str) -> None:
 def _classes() -> dict[str, Any]:
     from transformers.models.falcon import modeling_falcon
 
+    from ..transformers_compat import private_names
+
+    for name in ("FALCON_ATTENTION_CLASSES", "FalconAttention", "apply_rotary_pos_emb"):
+        private_names.require(f"{modeling_falcon.__name__}.{name}")
     classes: dict[str, Any] = modeling_falcon.FALCON_ATTENTION_CLASSES
     return classes
 

@@ -4,8 +4,8 @@ The classes belong to the converters, which put them into every folder that they
 transformers' auto classes learn their names, so that `from_pretrained` finds them without
 `trust_remote_code`. Names, not classes, which is how transformers enters its own: the public
 `register` wants a class, and importing BERT while transformers is being imported, which is when
-this runs, goes in circles. So this file touches private names of the auto classes' tables.
-Checked on transformers 5.17.0 and 5.23.0.
+this runs, goes in circles. So this file touches private names of the auto classes' tables; where
+they are not as expected (:mod:`..private_names`), the folders need `trust_remote_code` again.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ def register_configurations() -> None:
     """Let AutoConfig read the configurations. For when its table has been imported."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if _tables_changed():
+        return
     table: Any = CONFIG_MAPPING
     for encoder in _encoders():
         if encoder.ours not in table:  # else somebody else's, or ours already
@@ -34,6 +36,8 @@ def register_models() -> None:
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    if _tables_changed():
+        return
     register_configurations()
     configurations: Any = CONFIG_MAPPING
     for encoder in _encoders():
@@ -63,6 +67,14 @@ class _Later:
         # so that a model saved again takes its code along, as it came
         found.register_for_auto_class(autos.get(name, "AutoConfig"))
         return found
+
+
+def _tables_changed() -> bool:
+    from ..transformers_compat import private_names
+
+    return any(
+        m.wanted.module.startswith("transformers.models.auto.") for m in private_names.missing()
+    )
 
 
 def _encoders() -> list[Encoder]:

@@ -70,6 +70,10 @@ def paged_forward(
         from ..attention.continuous import attend_pages
 
         return attend_pages(module, query, key, value, cache, **kwargs), None
+    if "write_index" in kwargs:
+        from ..attention.continuous import refuse_without_pages
+
+        refuse_without_pages()
     behind = _behind or _open()
     name = "triton_paged_flash2"
     return behind.attend(

@@ -128,8 +128,10 @@ def _on_submodule(module: nn.Module, name: str, submodule: nn.Module | None) -> 
                 f"attn_implementation says; {wanted!r} serves the other parts of the model."
             )
         compat.learn_traits(module)
-        flash = next((name for name in sorted(_names) if "flash" in name), wanted)
-        if "flash" not in wanted and model_code(type(module)).packs_for_flash:
-            config._attn_implementation = flash  # the same attention by the other name
+        code = model_code(type(module))
+        # some models do less, or worse, for names without "flash": they get the other name
+        if code.packs_for_flash or (code.slices_masks and wanted == "triton_fa2"):
+            named = next((name for name in sorted(_names) if "flash" in name), wanted)
+            config._attn_implementation = named
     if wanted == latent_layers.NAME and submodule is not None:
         latent_layers.prepare(submodule)

@@ -1,19 +1,20 @@
-"""Every touch of a name that transformers does not promise to keep. Checked on 5.17.0 and 5.23.0.
+"""What is read from transformers' own code and tables, in one place.
 
-(The two tables of names themselves are in :mod:`..registration.functions`, which must not import
-transformers.)
+Which of its names are private, and what each must look like: :mod:`.private_names`.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, masking_utils
 from transformers.cache_utils import (
     Cache,
@@ -22,18 +23,12 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
-from transformers.masking_utils import (
-    and_masks,
-    causal_mask_function,
-    or_masks,
-    sdpa_mask,
-    sliding_window_overlay,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
+from . import private_names
 from .config_values import layer_value
-from .model_code import ModelCode, attention_classes, source_of
+from .model_code import MASK_AS_4D, ModelCode, attention_classes, source_of
 
 __all__ = [
     "Cache",
@@ -51,6 +46,33 @@ __all__ = [
     "sliding_window_overlay",
 ]
 
+
+def _of_masks(name: str) -> Callable[..., Any]:
+    """A function of masking_utils; of one that is gone, what says so when it is called."""
+
+    def gone(*args: Any, **kwargs: Any) -> Any:
+        private_names.require(f"{masking_utils.__name__}.{name}")
+        raise ValueError(f"transformers {private_names.version()} has no {name}")
+
+    found: Callable[..., Any] = getattr(masking_utils, name, gone)
+    return found
+
+
+if TYPE_CHECKING:
+    from transformers.masking_utils import (
+        and_masks,
+        causal_mask_function,
+        or_masks,
+        sdpa_mask,
+        sliding_window_overlay,
+    )
+else:
+    and_masks = _of_masks("and_masks")
+    causal_mask_function = _of_masks("causal_mask_function")
+    or_masks = _of_masks("or_masks")
+    sdpa_mask = _of_masks("sdpa_mask")
+    sliding_window_overlay = _of_masks("sliding_window_overlay")
+
 try:
     from transformers.utils.output_capturing import _active_collector as _collector
 except ImportError:  # then the flag itself must come
@@ -64,6 +86,12 @@ IndexMask = Callable[
 def implementation_of(config: Any) -> str | None:
     """The ``attn_implementation`` a config carries (None: not chosen yet)."""
     return getattr(config, "_attn_implementation", None)
+
+
+def cache_keyword(module: nn.Module) -> str:
+    """What a model or layer calls its cache: ``past_key_values``, from 5.24 on ``cache``."""
+    given = inspect.signature(type(module).forward).parameters
+    return "cache" if "cache" in given else "past_key_values"
 
 
 # --- mask_function: what transformers composes to say who sees whom ------------------------------
@@ -115,8 +143,6 @@ class Traits:
 UNKNOWN = Traits()
 _TRAITS: dict[type, Traits] = {}
 ATTENTION_CLASS = r"^class \w*Attention\w*\(nn\.Module\):"
-# a slice of queries, or the heads' dimension taken away
-MASK_AS_4D = r"\b(v|\w*mask\w*)\[:, (:, [a-z_]\w*|0, :), :\]"
 
 
 def traits(config: Any) -> Traits:

@@ -1,7 +1,7 @@
 """The paged cache of transformers' continuous batching, as it lies in memory.
 
 Touches names that transformers does not promise to keep: attributes of ``PagedAttentionCache`` and
-of its allocators, which differ between releases. Checked on 5.17.0 and 5.23.0.
+of its allocators, which differ between releases; see :mod:`.private_names`.
 
 The manager speaks of slots: ``read_index`` and ``write_index`` hold numbers of places for single
 tokens. Slot s is token ``s % page_size`` of page ``s // page_size`` of the tensors below, in both
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from . import private_names
 
 PAGE_MULTIPLE = 16  # what the kernels can tile
 
@@ -44,15 +46,22 @@ def layer_pages(cache: Any, layer_idx: int) -> LayerPages:
     Raises:
         ValueError: not the cache of transformers' manager, or pages that the kernels cannot read.
     """
-    if hasattr(cache, "layer_to_allocator"):  # newer
-        found = _from_allocator(cache, layer_idx)
-    elif hasattr(cache, "layer_index_to_group_indices"):
-        found = _from_groups(cache, layer_idx)
-    else:
+    try:
+        if hasattr(cache, "layer_to_allocator"):  # newer
+            found = _from_allocator(cache, layer_idx)
+        else:
+            found = _from_groups(cache, layer_idx)
+    except AttributeError as error:
+        if isinstance(cache, _managers_cache()):
+            raise ValueError(
+                f"continuous batching is not possible with transformers {private_names.version()}: "
+                f"{error}, where the pages of a layer were expected (`hf-attn check` lists what "
+                "has changed). Use generate(), or attn_implementation='sdpa'."
+            ) from error
         raise ValueError(
             f"cache= must be the PagedAttentionCache that transformers' continuous batching makes, "
             f"got {type(cache).__name__}; pass other caches to the model as past_key_values="
-        )
+        ) from error
     if found.page_size % PAGE_MULTIPLE:
         raise ValueError(
             f"continuous batching has pages of {found.page_size} tokens, which "
@@ -60,6 +69,13 @@ def layer_pages(cache: Any, layer_idx: int) -> LayerPages:
             "ContinuousBatchingConfig(page_size=64), in transformers 5.17 called block_size"
         )
     return found
+
+
+def _managers_cache() -> type:
+    from transformers.generation.continuous_batching import PagedAttentionCache
+
+    theirs: type = PagedAttentionCache
+    return theirs
 
 
 def windowed_keys(

@@ -6,7 +6,7 @@ its class, this puts a method that leaves them as they are while the layer's imp
 ``triton_mla``. Copies of a model take it along; a pickled one finds the class's own again, and gets
 ours back at its next call.
 
-Touches `expand_kv` and `kv_b_proj` of transformers' attention layers. Checked on 5.17.0 and 5.23.0.
+Touches `expand_kv` and `kv_b_proj` of transformers' attention layers.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
 MASK_MODULE = "transformers.masking_utils"
+# a slice of queries, or the heads' dimension taken away
+MASK_AS_4D = r"\b(v|\w*mask\w*)\[:, (:, [a-z_]\w*|0, :), :\]"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ModelCode:
     tables: list[ClassTable] = field(default_factory=list)
     builds_masks: bool = False  # by transformers' masking_utils
     asks_for_flash: bool = False  # does other things for names with "flash"
+    slices_masks: bool = False  # the model itself, as 4D, unless a name has "flash" (gemma4)
     builds_models: bool = False  # through an auto class: they are looked at when they are built
     inner_models: list[type[PreTrainedModel]] = field(default_factory=list)
 
@@ -88,6 +91,8 @@ def _read(model_class: type[PreTrainedModel]) -> ModelCode:
         node = _classes(module).get(current.__qualname__) if module else None
         if module is None or node is None:
             continue
+        if current is model_class and "is_flash_attention_requested" in _names(node):
+            code.slices_masks = re.search(MASK_AS_4D, ast.unparse(node)) is not None
         layer = attention_code(node)
         if layer is not None:
             code.attention.append(layer)

@@ -5,7 +5,8 @@ Needs torch; Triton is imported on the first call with GPU tensors, never before
 
 from .api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from .batch_invariance import batch_invariant, set_batch_invariant
-from .dispatch import backend_name, build_cpu_extension, use_backend
+from .device import backend_name, use_backend
+from .dispatch import build_cpu_extension
 from .mla import mla_decode
 
 __all__ = [

@@ -261,8 +261,8 @@ def flash_attn_with_kvcache(
         cache_leftpad: ``[B]`` int32, keys to skip at the start of each row.
         block_table: ``[B, max_blocks]`` int32 page numbers; -1 for unused entries and for pages
             that a window hides. A key that is seen, or new, must have a page: else ValueError and
-            nothing is written. Only on a GPU, whose values nobody waits for, NaN is the answer of
-            such a row, and new keys without a page are left out; no other page is read or written.
+            nothing is written. Only on a GPU, whose values nobody waits for, a query that
+            sees it gets NaN, and new keys without a page are left out.
         rotary_interleaved: pairs (0, 1), (2, 3) ... (GPT-J) instead of (0, d/2), ... (GPT-NeoX).
         num_splits: pieces the keys are cut into and combined from; 0 lets the backend choose.
         return_softmax_lse: also return the log-sum-exp.

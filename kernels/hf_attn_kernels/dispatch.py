@@ -1,11 +1,8 @@
-"""Which backend runs: decided by the device of the tensors, or forced by a test."""
+"""The backends behind one door: the one that serves a device, and the CPU's shortcuts."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,65 +10,9 @@ import torch
 from torch import Tensor
 
 from .batch_invariance import batch_invariant
+from .device import backend_name, forced_backend
 
-# backend of each torch device type; "xpu" and ROCm's "cuda" run the same Triton kernels
-DEVICE_BACKENDS = {"cuda": "triton", "xpu": "triton", "cpu": "cpu"}
-BACKENDS = ("triton", "cpu")
-
-_forced: str | None = None
 _plain: Callable[..., Tensor | None] | None = None
-
-
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Force a backend inside a ``with`` block: ``"triton"`` or ``"cpu"``.
-
-    For tests and benchmarks. Triton on CPU tensors needs its interpreter: the environment variable
-    ``TRITON_INTERPRET=1`` must be set before triton is first imported. Not thread-local.
-
-    Raises:
-        ValueError: the name is none of the backends.
-    """
-    global _forced
-    if name not in BACKENDS:
-        raise ValueError(f"backend {name!r} does not exist; possible: {', '.join(BACKENDS)}")
-    before, _forced = _forced, name
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def backend_name(device: torch.device) -> str:
-    """Name of the backend for tensors on `device`.
-
-    Raises:
-        ValueError: no backend serves this device.
-        ImportError: the device needs Triton and it is not installed.
-    """
-    name = _forced or DEVICE_BACKENDS.get(device.type)
-    if name is None:
-        raise ValueError(
-            f"no attention backend for tensors on {device.type!r}; possible devices: "
-            f"{', '.join(DEVICE_BACKENDS)}. Move the model there, or use "
-            "attn_implementation='sdpa'."
-        )
-    if name == "triton":
-        if not triton_installed():
-            raise ImportError(
-                f"tensors on {device.type!r} need Triton, which is not installed: "
-                "pip install 'hf-attn-patch[gpu]'"
-            )
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                "the Triton backend was forced for CPU tensors, which works only in Triton's "
-                "interpreter: set TRITON_INTERPRET=1 before triton is imported"
-            )
-    return name
 
 
 def load(device: torch.device) -> ModuleType:
@@ -102,7 +43,7 @@ def plain_attention(
     Returns:
         ``[B, Q, Hq, D]``, or None: :func:`.api.flash_attn_func` does it, or says what is wrong.
     """
-    if not q.is_cpu or _forced not in (None, "cpu"):
+    if not q.is_cpu or forced_backend() not in (None, "cpu"):
         return None
     global _plain
     if _plain is None:  # once: finding a relative import costs as much as a small step's arithmetic

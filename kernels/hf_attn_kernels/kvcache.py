@@ -26,7 +26,7 @@ from .cache_validation import (
     check_values,
     row_lengths,
 )
-from .dispatch import backend_name
+from .device import backend_name
 from .launch_cache import KnownCall
 from .problem import CacheProblem, NewKeys, Pattern, Rotary
 

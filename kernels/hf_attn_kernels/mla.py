@@ -11,8 +11,6 @@ key. Causal and windowed masks are aligned to the bottom right, as in :mod:`.api
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -26,34 +24,11 @@ from .cache_validation import (
     check_values,
     row_lengths,
 )
+from .device import backend_name
 from .fp8 import E4M3, is_float8
 from .namespace import NAMESPACE, OPS
-from .problem import Pattern
+from .problem import MlaProblem, Pattern
 from .validation import ALL_FLOATS, FLOAT_DTYPES, check_pattern
-
-
-@dataclass(frozen=True, kw_only=True)
-class MlaProblem:
-    """Absorbed queries over latents, contiguous or paged; checked. Inference only."""
-
-    q_latent: Tensor  # [B, Q, H, R]
-    q_rope: Tensor  # [B, Q, H, P]
-    latent: Tensor  # [B, K, R], or [pages, page_size, R] with a block_table
-    k_rope: Tensor  # [B, K, P], or [pages, page_size, P]
-    pattern: Pattern
-    seqlens_k: Tensor | None = None  # [B] int32; None: all of a contiguous cache's keys
-    block_table: Tensor | None = None  # [B, max_blocks] int32, unused entries -1
-    leftpad: Tensor | None = None  # [B] int32 keys to skip at the start of a row
-    key_mask: Tensor | None = None  # [B, K] bool, True = keep; contiguous only
-    latent_descale: Tensor | None = None  # [1] float32, of a float8 cache: value = stored * it
-    rope_descale: Tensor | None = None  # [1] float32
-    num_splits: int = 0  # 0: chosen by the backend
-
-    @property
-    def capacity(self) -> int:
-        """Keys that a row may have."""
-        blocks = 1 if self.block_table is None else self.block_table.shape[1]
-        return blocks * self.latent.shape[1]
 
 
 def mla_decode(
@@ -87,7 +62,7 @@ def mla_decode(
             None: the cache is full.
         block_table: ``[B, max_blocks]`` int32 page numbers; -1 for unused entries and for pages
             that a window hides. A key that is seen must have a page: else ValueError, and on a GPU,
-            whose values nobody waits for, NaN in such a row.
+            whose values nobody waits for, NaN for the queries that see it.
         cache_leftpad: ``[B]`` int32, keys to skip at the start of each row.
         key_mask: ``[B, K]`` bool, True = keep; hides keys of a contiguous cache, moves nothing.
         causal: a query sees no later key.
@@ -123,7 +98,7 @@ def mla_decode(
     if cache_seqlens is not None or block_table is not None:
         seqlens = row_lengths(cache_seqlens, batch, view.capacity, device)
         check_values(view, seqlens, 0, batch, cache_leftpad)
-        if device.type == "cpu" and dispatch.backend_name(device) == "triton":  # interpreted
+        if device.type == "cpu" and backend_name(device) == "triton":  # interpreted
             queries = torch.full_like(seqlens, q_latent.shape[1])
             check_pages(view, seqlens, queries, pattern, cache_leftpad)
     if cache_leftpad is not None:

@@ -1,10 +1,11 @@
 """What a backend is asked to compute: one checked, immutable description.
 
-The three public functions of :mod:`.api` build these; the Triton and CPU backends read them.
+The functions of :mod:`.api` and :mod:`.mla` build these; the Triton and CPU backends read them.
 Windows are kept as two numbers, because "causal" is only a window whose right side is 0.
 
 Shape letters: B batch, Q query length, K key length, Hq query heads, Hkv key/value heads,
-D head_dim of q and k, Dv head_dim of v, T total tokens of a packed batch, R sequences in it.
+D head_dim of q and k, Dv head_dim of v, T total tokens of a packed batch, R sequences in it. Those
+of latents are :class:`MlaProblem`'s own.
 """
 
 from __future__ import annotations
@@ -129,3 +130,30 @@ class CacheProblem:
             a is b or (a is not None and b is not None and a.data_ptr() == b.data_ptr())
             for a, b in zip(given, mine, strict=True)
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlaProblem:
+    """Absorbed queries over latents, contiguous or paged; checked. Inference only.
+
+    H heads, R rank of the latent, P columns of the rotated key; see :mod:`.mla`.
+    """
+
+    q_latent: Tensor  # [B, Q, H, R]
+    q_rope: Tensor  # [B, Q, H, P]
+    latent: Tensor  # [B, K, R], or [pages, page_size, R] with a block_table
+    k_rope: Tensor  # [B, K, P], or [pages, page_size, P]
+    pattern: Pattern
+    seqlens_k: Tensor | None = None  # [B] int32; None: all of a contiguous cache's keys
+    block_table: Tensor | None = None  # [B, max_blocks] int32, unused entries -1
+    leftpad: Tensor | None = None  # [B] int32 keys to skip at the start of a row
+    key_mask: Tensor | None = None  # [B, K] bool, True = keep; contiguous only
+    latent_descale: Tensor | None = None  # [1] float32, of a float8 cache: value = stored * it
+    rope_descale: Tensor | None = None  # [1] float32
+    num_splits: int = 0  # 0: chosen by the backend
+
+    @property
+    def capacity(self) -> int:
+        """Keys that a row may have."""
+        blocks = 1 if self.block_table is None else self.block_table.shape[1]
+        return blocks * self.latent.shape[1]

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_attn_kernels.fp8 import E4M3
-from hf_attn_kernels.mla import MlaProblem
-from hf_attn_kernels.problem import Pattern
+from hf_attn_kernels.problem import MlaProblem, Pattern
 from hf_attn_kernels.triton.mla import launches
 
 from .aot import AotCase, case_of

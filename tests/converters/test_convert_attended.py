@@ -13,10 +13,10 @@ from tiny_checkpoints import tiny_checkpoint
 from torch import Tensor
 
 from hf_attn_converters.calibration.attention_maps import Attended, weights_of
-from hf_attn_converters.calibration.source_model import SourceModel
 from hf_attn_converters.calibration.statistics import DAMPING, Watch
 from hf_attn_converters.conversion import Work
 from hf_attn_converters.heads.plan import plan_conversion
+from hf_attn_converters.layerwise import source_model
 
 ONE_HEAD = ("falcon_mqa", "falcon_mqa_serial", "gpt_bigcode")  # nothing to merge
 ALIBI = ("falcon_mha",)  # transformers' eager adds its bias twice
@@ -49,9 +49,9 @@ def eager_maps(work: Work, ids: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 def test_attended_is_what_transformers_weights_say(case: Case, tmp_path: Path) -> None:
     folder = tiny_checkpoint(tmp_path / "a", family=case.tiny, kv_heads=case.high)
     work = plan_conversion(folder, tmp_path / "b", num_key_value_heads=1, method="csvd")
-    source = SourceModel(work, tokens_at_once=2 * LENGTH)
+    source = source_model(work, tokens_at_once=2 * LENGTH)
     ids = torch.randint(2, 300, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    *_, found = Watch(work, source, ids).layers()
+    *_, found = Watch(source, ids).layers()
 
     inputs, maps = eager_maps(work, ids)
     x = torch.cat([part.flatten(0, 1) for part in inputs]).double()

@@ -16,6 +16,7 @@ from hf_attn_converters import precision
 from hf_attn_converters.calibration.fit import _autocast
 from hf_attn_converters.calibration.source_model import SourceModel
 from hf_attn_converters.heads.plan import plan_conversion
+from hf_attn_converters.layerwise import source_model
 from hf_attn_converters.precision import WideProducts, products, slow_note
 from hf_attn_converters.uptrain import UptrainOptions
 from hf_attn_converters.uptrain.run import with_precision
@@ -145,7 +146,7 @@ class TestCalibration:
     def source(self, tmp_path: Path) -> SourceModel:
         folder = tiny_checkpoint(tmp_path / "half", kv_heads=2, dtype=torch.bfloat16)
         work = plan_conversion(folder, tmp_path / "out", num_key_value_heads=1, method="csvd")
-        return SourceModel(work)
+        return source_model(work)
 
     @pytest.mark.parametrize("fast", [True, False])
     def test_its_whole_passes(

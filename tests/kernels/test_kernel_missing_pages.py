@@ -66,9 +66,9 @@ WINDOW = Pattern(scaling=0.2, window_left=20, window_right=0, sink_tokens=2)
 CAUSAL = Pattern(scaling=0.2, window_right=0)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("page_size", [16, 48])
-@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize(
+    ("tokens", "page_size", "splits"), [(1, 16, 1), (1, 48, 3), (9, 16, 3), (9, 48, 1)]
+)
 def test_kernels_answer_nan(tokens: int, page_size: int, splits: int) -> None:
     k, v = caches(page_size)
     call = {"q": queries(tokens), "k_cache": k, "v_cache": v, "cache_seqlens": ints(LENGTHS)}
@@ -93,24 +93,68 @@ def test_kernels_do_without_pages_that_nobody_sees(splits: int) -> None:
     assert bool(sink[0].isnan().all()) and torch.equal(sink[1:], want[0][1:])
 
 
-@pytest.mark.parametrize("rank", [16, 48])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_kernels_over_latents_answer_nan(rank: int, splits: int) -> None:
-    from hf_attn_kernels.mla import MlaProblem
+def sees(pattern: Pattern, lengths: tuple[int, ...], tokens: int, missing: Tensor) -> Tensor:
+    """``[B, Q]`` whether a query sees a key of a missing page; `missing` is bool ``[B, K]``."""
+    found = torch.zeros(len(lengths), tokens, dtype=torch.bool)
+    for row, length in enumerate(lengths):
+        for token in range(tokens):
+            position = length - tokens + token
+            left = 0 if pattern.window_left < 0 else max(position - pattern.window_left, 0)
+            keys = {*range(pattern.sink_tokens), *range(left, position + 1)}
+            found[row, token] = any(bool(missing[row, key]) for key in keys)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("pattern", "splits"), [(CAUSAL, 3), (WINDOW, 1), (WINDOW, 3)], ids=["causal", "window", "3"]
+)
+def test_only_queries_that_see_the_page_are_nan(pattern: Pattern, splits: int) -> None:
+    """Beside others in one tile; a page of the sinks, at the window's start, and at the end."""
+    k, v = caches(16)
+    tokens = 5
+    call = {"q": queries(tokens), "k_cache": k, "v_cache": v, "cache_seqlens": ints(LENGTHS)}
+    want = run_open(call | {"block_table": table(16)}, pattern, splits)
+    some = 0
+    for missing in (0, 2, 4):
+        pages = table(16, **{f"row{row}": missing for row in range(ROWS)})
+        absent = (pages < 0).repeat_interleave(16, dim=1).cpu()
+        nan = sees(pattern, LENGTHS, tokens, absent).to(DEVICE)  # [B, Q]
+        some += int((nan.any(1) & ~nan.all(1)).sum())
+        out, lse = run_open(call | {"block_table": pages}, pattern, splits)
+        for mine, right in ((out, want[0]), (lse.transpose(1, 2), want[1].transpose(1, 2))):
+            assert bool(mine[nan].isnan().all())
+            assert torch.equal(mine[~nan], right[~nan])
+    assert some > 0  # rows of which only some queries see it, or nothing is shown
+
+
+@pytest.mark.parametrize(
+    ("rank", "splits", "pattern"), [(48, 1, CAUSAL), (16, 3, replace(WINDOW, sink_tokens=0))]
+)
+def test_kernels_over_latents_answer_nan(rank: int, splits: int, pattern: Pattern) -> None:
+    from hf_attn_kernels.problem import MlaProblem
     from hf_attn_kernels.triton.mla import mla_attention
 
     g = torch.Generator().manual_seed(0)
-    q, k = torch.randn(ROWS, 1, 4, rank + 16, generator=g), torch.randn(19, 16, rank + 16)
-    found = []
-    for pages in (table(16), table(16, row1=1)):
+    tokens = 5
+    q, k = torch.randn(ROWS, tokens, 4, rank + 16, generator=g), torch.randn(19, 16, rank + 16)
+
+    def run(pages: Tensor) -> tuple[Tensor, Tensor]:
         problem = MlaProblem(
             q_latent=q[..., :rank].to(DEVICE), q_rope=q[..., rank:].to(DEVICE),
-            latent=k[..., :rank].to(DEVICE), k_rope=k[..., rank:].to(DEVICE), pattern=CAUSAL,
+            latent=k[..., :rank].to(DEVICE), k_rope=k[..., rank:].to(DEVICE), pattern=pattern,
             seqlens_k=ints(LENGTHS), block_table=pages, num_splits=splits,
         )  # fmt: skip
-        found.append(mla_attention(problem))
-    for right, mine in zip(*found, strict=True):
-        assert bool(mine[1].isnan().all()) and torch.equal(mine[[0, 2]], right[[0, 2]])
+        out, lse = mla_attention(problem)
+        return out, lse.transpose(1, 2)
+
+    want = run(table(16))
+    for row, missing in ((0, 2), (1, 0), (2, 4)):
+        pages = table(16, **{f"row{row}": missing})
+        absent = (pages < 0).repeat_interleave(16, dim=1).cpu()
+        nan = sees(pattern, LENGTHS, tokens, absent).to(DEVICE)
+        assert bool(nan[row].any()) or (row, pattern.window_left) == (1, 20)
+        for mine, right in zip(run(pages), want, strict=True):
+            assert bool(mine[nan].isnan().all()) and torch.equal(mine[~nan], right[~nan])
 
 
 def test_packed_rows_answer_nan() -> None:
@@ -126,11 +170,12 @@ def test_packed_rows_answer_nan() -> None:
             max_seqlen_q=2, max_seqlen_k=70, block_table=pages,
         )  # fmt: skip
         found.append(attention_with_cache(problem)[0])
-    assert bool(found[1][4:].isnan().all()) and torch.equal(found[0][:4], found[1][:4])
+    # of the last row's two queries only the last one sees key 64
+    assert bool(found[1][5:].isnan().all()) and torch.equal(found[0][:5], found[1][:5])
 
 
 def test_a_new_key_without_a_page_is_not_written() -> None:
-    """Nor does it land in page 0; the row, which would see it, is NaN."""
+    """Nor does it land in page 0; the query that would see it is NaN, the one before it is not."""
     k, v = caches(16)
     call = {
         "q": queries(2), "k_cache": k, "v_cache": v, "k": torch.full((ROWS, 2, 2, 32), 7.0),
@@ -139,7 +184,8 @@ def test_a_new_key_without_a_page_is_not_written() -> None:
     }  # fmt: skip
     call |= {n: call[n].to(DEVICE) for n in "kv"}
     out, _ = run_open(call, CAUSAL, 2)
-    assert bool(out[0].isnan().all()) and bool(out[1:].isfinite().all())
+    assert bool(out[0, 1].isnan().all())
+    assert bool(out[0, 0].isfinite().all()) and bool(out[1:].isfinite().all())
     assert not bool((k[0] != 1.0).any())
     written = (k == 7.0).all(dim=-1).all(dim=-1)  # [pages, page_size]
     assert int(written.sum()) == 5 and bool(written[4, 15])

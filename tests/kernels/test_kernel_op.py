@@ -173,7 +173,7 @@ def test_devices_and_backends(monkeypatch: pytest.MonkeyPatch) -> None:
         patch.delenv("TRITON_INTERPRET", raising=False)
         with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
             backend_name(torch.device("cpu"))
-    monkeypatch.setattr("hf_attn_kernels.dispatch.triton_installed", lambda: False)
+    monkeypatch.setattr("hf_attn_kernels.device.triton_installed", lambda: False)
     with pytest.raises(ImportError, match=r"hf-attn-patch\[gpu\]"):
         backend_name(torch.device("cuda"))
 

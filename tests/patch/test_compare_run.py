@@ -232,7 +232,7 @@ class TestRefused:
             self.compare(folder)
 
     def test_absent_model(self, folder: Path) -> None:
-        with pytest.raises(ValueError, match="cannot load"):
+        with pytest.raises(ValueError, match="cannot read"):
             self.compare(folder, str(folder / "ghost"))
 
     def test_unknown_implementation(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_checkpoints import TINY, tiny_checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from hf_attn_converters import convert
@@ -44,6 +44,111 @@ DECODERS = [
 def saved(folder: Path, model_type: str, **values: Any) -> Path:
     AutoConfig.for_model(model_type, **(SMALL | values)).save_pretrained(folder)
     return folder
+
+
+TOWER: dict[str, Any] = {
+    "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2,
+}  # fmt: skip
+
+
+def test_qwen2_vl_has_a_cache_and_a_tower(tmp_path: Path) -> None:
+    """Of its decoder the cache, and the weights that a token reads; all weights take memory."""
+    text = SMALL | {"num_hidden_layers": 28, "num_key_value_heads": 4, "head_dim": 8}
+    config = AutoConfig.for_model(
+        "qwen2_vl", text_config=text, vision_config=TOWER, dtype="float32"
+    )
+    config.save_pretrained(tmp_path)
+    found = read_shape(str(tmp_path))
+    assert found.kv_bytes_per_token == 28 * 2 * 4 * 8 * 4
+    model = AutoModelForImageTextToText.from_config(config)
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() for p in model.model.visual.parameters()) > 1000
+    decoder = sum(p.numel() for p in model.model.language_model.parameters())
+    embedding = model.get_input_embeddings().weight.numel()
+    assert found.layer_parameters == decoder - embedding
+    assert found.model_type == "qwen2_vl" and not found.left_out
+
+
+def test_qwen2_vl_of_7b(tmp_path: Path) -> None:
+    text = {
+        "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        "qwen2_vl", text_config=text, vision_config={"hidden_size": 3584}, dtype="bfloat16",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    found = read_shape(str(tmp_path), "bfloat16")
+    assert found.kv_bytes_per_token == 57_344
+    assert found.parameters == 8_291_375_616  # as the Hub counts Qwen2-VL-7B
+
+
+@torch.inference_mode()
+def test_layers_of_different_heads(tmp_path: Path) -> None:
+    """gemma4's full layers have wider heads; cache and arithmetic follow layer by layer."""
+    config = AutoConfig.for_model(
+        "gemma4_text", **SMALL, sliding_window=16, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=64,
+        layer_types=["sliding_attention"] * 3 + ["full_attention"], global_head_dim=24,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    found = read_shape(str(tmp_path))
+    model = AutoModelForCausalLM.from_config(config)
+    cache = model(torch.arange(8)[None]).past_key_values
+    held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+    assert found.kv_bytes(8) == held
+    widths = [layer.k_dim + layer.v_dim for layer in found.layers]
+    assert widths == [16, 16, 16, 48]
+    products = 2 * 4 * 100 * sum(widths[:3]) * 0.16 + 2 * 4 * 100 * 48
+    others = 2 * (found.layer_parameters + found.head_parameters)
+    assert estimate(found, CHIP, batch=1, context=100).decode.flops == others + products
+
+
+def test_layers_that_read_images_cache_no_text(tmp_path: Path) -> None:
+    saved(tmp_path, "mllama_text_model", cross_attention_layers=[1], pad_token_id=0)
+    whole = AutoConfig.for_model(
+        "mllama",
+        text_config=json.loads((tmp_path / "config.json").read_text()),
+        vision_config={
+            "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+            "num_global_layers": 1, "attention_heads": 2, "vision_output_dim": 16,
+            "intermediate_layers_indices": [0],
+        },
+    )  # fmt: skip
+    whole.save_pretrained(tmp_path)
+    found = read_shape(str(tmp_path))
+    assert [layer.cached for layer in found.layers] == [32, 0, 32, 32]
+
+
+def test_a_tower_that_needs_another_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The decoder alone is estimated then, and that is said."""
+    text = AutoConfig.for_model("llama", **SMALL)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    AutoConfig.for_model("llava", text_config=text, vision_config=tower).save_pretrained(tmp_path)
+    whole = read_shape(str(tmp_path))
+
+    def absent(*args: Any, **options: Any) -> None:
+        raise ImportError("needs the timm library")
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_config", absent)
+    found = read_shape(str(tmp_path))
+    assert found.parameters < whole.parameters
+    assert found.layer_parameters == whole.layer_parameters
+    assert found.left_out == "needs the timm library"
+    result = CliRunner().invoke(app, ["estimate", str(tmp_path)])
+    assert "the decoder's weights only: needs the timm library" in result.stdout
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "rwkv", "blt"])
+def test_models_without_attention_heads(model_type: str, tmp_path: Path) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no decoder with attention"):
+        read_shape(str(tmp_path))
 
 
 def shape(**changes: Any) -> Shape:

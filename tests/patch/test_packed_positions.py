@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from test_attention_keywords import model
+from test_stated_masks import GEMMA4
 from tiny_models import (
     LLAMA_LIKE,
     TinyModel,
@@ -69,6 +71,21 @@ def test_models_that_keep_positions_from_the_mask(name: str) -> None:
     assert_close(found["packed"], found["eager"])
 
 
+def test_a_dense_mask_of_ours_leaves_them_apart_and_a_callers_own_does_not() -> None:
+    """gemma4 slices its masks, so they are dense; what a caller's 4D mask shows is shown."""
+    config = transformers.Gemma4TextConfig(**GEMMA4)
+    eager, ours = (model(config, "Gemma4ForCausalLM", name) for name in ("eager", "triton_fa2"))
+    ids = tokens(1, TOTAL)
+    everything = torch.ones(TOTAL, TOTAL).tril().bool()[None, None]
+    spec = build(LLAMA, "triton_fa2")
+    with torch.no_grad():
+        assert_close(ours(ids, position_ids=POSITIONS).logits, alone(eager, ids))
+        shown = spec(ids, position_ids=POSITIONS, attention_mask=everything).logits
+        added = torch.zeros(1, 1, TOTAL, TOTAL).masked_fill(~everything, torch.finfo().min)
+        want = build(LLAMA, "eager")(ids, position_ids=POSITIONS, attention_mask=added).logits
+    assert_close(shown, want)
+
+
 def test_gradients_stay_within_documents() -> None:
     ids = tokens(1, TOTAL)
     embedded = build(LLAMA, "triton_fa2").get_input_embeddings()(ids).detach().requires_grad_()
@@ -87,6 +104,19 @@ def test_falcon_takes_cu_seq_lens(spec: TinyModel) -> None:
         assert_close(ours(ids, **packed).logits, alone(build(spec, "eager"), ids))
         with pytest.raises(ValueError, match="leave position_ids out"):
             ours(ids, position_ids=torch.arange(TOTAL)[None], **packed)
+
+
+def test_a_falcon_built_before_the_name_was_taken_back() -> None:
+    spec = having(lambda s: s.id == "falcon_gqa")[0].values[0]
+    ids = tokens(1, TOTAL)
+    ours = build(spec, "triton_fa2")
+    try:
+        hf_attn_patch.unregister()
+    finally:
+        hf_attn_patch.register()
+    with torch.no_grad():
+        found = ours(ids, cu_seq_lens_q=OFFSETS, cu_seq_lens_k=OFFSETS, max_length_q=11).logits
+        assert_close(found, alone(build(spec, "eager"), ids))
 
 
 def test_falcon_with_alibi() -> None:

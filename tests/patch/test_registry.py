@@ -167,6 +167,17 @@ IGNORING = {
     ),
     "mamba": ("MambaForCausalLM", {"hidden_size": 32, "num_hidden_layers": 1}),
 }
+# transformers 5.24 brought these two to the interface
+NEWLY_SERVED = ("codegen", "gptj")
+if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24):
+    NOW_SERVED = {model_type: IGNORING.pop(model_type) for model_type in NEWLY_SERVED}
+else:
+    NOW_SERVED = {
+        "gpt_neox": (
+            "GPTNeoXForCausalLM",
+            {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        )
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -181,6 +192,28 @@ def test_a_model_that_would_ignore_the_name_is_refused_at_load(model_type: str, 
     assert "eager" in verdict.fix
     # and it still loads with what it can take
     getattr(transformers, class_name)._from_config(config, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("name", ["triton_fa2", "triton_paged_flash2"])
+@pytest.mark.parametrize("model_type", NOW_SERVED)
+def test_a_model_that_calls_the_interface_is_served(model_type: str, name: str) -> None:
+    """By a release's own code, not by a list of model types."""
+    class_name, arguments = NOW_SERVED[model_type]
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=32, **arguments)
+    assert check(config, "cpu", name).ok
+    model_class = getattr(transformers, class_name)
+    ours = model_class._from_config(config, attn_implementation=name).eval()
+    eager = model_class._from_config(config, attn_implementation="eager").eval()
+    eager.load_state_dict(ours.state_dict())
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    ids = torch.arange(14).view(2, 7)
+    with torch.no_grad():
+        for parameter in (*ours.parameters(), *eager.parameters()):
+            parameter.mul_(5)  # so that attention is far from uniform
+        for given in ({}, {"attention_mask": mask}):
+            found, want = (m(ids, **given).logits for m in (ours, eager))
+            keep = given.get("attention_mask", torch.ones_like(ids)).bool()
+            torch.testing.assert_close(found[keep], want[keep], rtol=1e-4, atol=1e-4)
 
 
 def test_refused_too_when_the_name_comes_after_loading() -> None:

@@ -58,6 +58,22 @@ def test_causal_masks_over_layers_that_call_themselves_bidirectional(
     assert_close(ours, theirs, None if config is PEGASUS_X else mask.bool())
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_an_encoder_that_generates(cache: str | None) -> None:
+    """generate() asks for a causal mask, and the model then for a bidirectional one."""
+    config = transformers.BertConfig(
+        **COMMON, hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4
+    )
+    ids, options = tokens(2, 9), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    theirs, ours = (
+        model(config, "BertLMHeadModel", name).generate(
+            ids, attention_mask=LEFT_PADDED, cache_implementation=cache, **options
+        )
+        for name in ("eager", "triton_fa2")
+    )
+    assert torch.equal(ours, theirs)
+
+
 def test_the_stated_form() -> None:
     padding = torch.tensor([[True, True, False], [True, True, True]])
     form = formats.stated(padding)

@@ -119,13 +119,16 @@ RULES = (
         never=frozenset({"triton"}),
         lazily=frozenset({"hf_attn_converters"}),
     ),
-    *(  # ask it which dtypes the device multiplies fast
+    *(  # ask it which dtypes the device multiplies fast, and what it does to read a checkpoint
         ImportRule(
             part=f"hf_attn_patch/{file}.py",
             never=frozenset({"triton"}),
             lazily=frozenset({"hf_attn_converters"}),
         )
-        for file in ("loading", "bench/options")
+        for file in (
+            *("loading", "compare/text", "compare/encoders", "compare/generation"),
+            *("estimate/shape", "bench/options"),
+        )
     ),
     ImportRule(part="scripts/bench/fa1.py", only=frozenset({"torch", "triton", "hf_attn_patch"})),
     ImportRule(part="hf_attn_patch", never=frozenset({"hf_attn_converters", "triton"})),

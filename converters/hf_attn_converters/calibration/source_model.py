@@ -10,12 +10,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Work
+from ..families import FamilySpec
+from ..io.reading import reading
 from ..precision import WideProducts, products
 
 
@@ -47,25 +49,45 @@ class _Stop(Exception):
 class SourceModel:
     """The source's model, its layers and how they are called.
 
-    `tokens_at_once` go through a layer together. Raises ValueError where transformers cannot build
-    it or where its layers are not found.
+    Args:
+        folder: of the checkpoint.
+        family: its family, which knows where the layers are.
+        layers: how many the checkpoint has, with weights of their own.
+        trust_remote_code: run the code that lies in the folder.
+        device: where layers run.
+        tokens_at_once: how many go through a layer together.
+
+    Raises ValueError where transformers cannot build it or where its layers are not found.
     """
 
-    def __init__(self, work: Work, device: str = "cpu", tokens_at_once: int = 1024) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        family: FamilySpec,
+        *,
+        layers: int,
+        trust_remote_code: bool = False,
+        device: str = "cpu",
+        tokens_at_once: int = 1024,
+    ) -> None:
         import transformers
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-        self.work, self.device, self.tokens_at_once = work, device, tokens_at_once
-        family, folder = work.family, work.source.folder
-        self.model = getattr(transformers, family.auto_class).from_pretrained(
-            folder,
-            dtype="auto",
-            trust_remote_code=work.is_our_code,
-        )
+        self.family, self.device, self.tokens_at_once = family, device, tokens_at_once
+        self.folder = folder
+        with reading(folder):
+            self.model, found = getattr(transformers, family.auto_class).from_pretrained(
+                folder,
+                dtype="auto",
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
+        # What the checkpoint lacks: transformers drew it at random.
+        self.missing: frozenset[str] = frozenset(map(str, found["missing_keys"]))
         self.model.eval().requires_grad_(False)
         self.layers: nn.ModuleList = self.model.get_submodule(family.layers_path)
-        assert len(self.layers) == work.plan.layers, (len(self.layers), work.plan.layers)
+        assert len(self.layers) == layers, (len(self.layers), layers)
 
     @property
     def positions(self) -> int | None:
@@ -73,6 +95,21 @@ class SourceModel:
         config = self.model.config.get_text_config()
         found = getattr(config, "max_position_embeddings", None)
         return found if isinstance(found, int) else None
+
+    @property
+    def why_silent(self) -> str | None:
+        """Why the model cannot write text of its own; None where it can."""
+        if not self.model.can_generate():
+            return f"a {type(self.model).__name__} does not generate"
+        head = self.model.get_output_embeddings()
+        names = {
+            name
+            for name, parameter in self.model.named_parameters(remove_duplicate=False)
+            if head is not None and any(parameter is own for own in head.parameters())
+        }
+        if lacking := sorted(names & self.missing):
+            return f"it has no language model's head ({', '.join(lacking)})"
+        return None
 
     def float_layer(self, layer: int) -> nn.Module:
         """A float32 copy of a layer on the device, in evaluation mode."""

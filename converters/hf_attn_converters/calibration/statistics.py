@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..conversion import Work
 from ..merge import LayerFacts
 from .attention_maps import Attended, watching
 from .source_model import Call, SourceModel
@@ -59,15 +58,15 @@ class _Moments:
 class Watch:
     """The source's layers one after the other, each on what those before it give."""
 
-    def __init__(self, work: Work, source: SourceModel, ids: Tensor) -> None:
-        self.work, self.source, self.ids = work, source, ids
+    def __init__(self, source: SourceModel, ids: Tensor) -> None:
+        self.source, self.ids = source, ids
         self.calls = source.calls(ids)
         # Layers that share their weights are used several times each, on inputs of their own.
         self.shared = any(len(calls) > 1 for calls in self.calls)
 
     def layers(self) -> Iterator[Measured]:
         hidden = [] if self.shared else [self.source.first_inputs(self.ids)]
-        for layer in range(self.work.plan.layers):
+        for layer in range(len(self.source.layers)):
             if self.shared:
                 hidden = self.source.all_inputs(self.ids, layer)
             measured = self._measure(layer, hidden)
@@ -93,7 +92,7 @@ class Watch:
                 distances = distances + seen.distances()
                 sampled += len(latest)
 
-        query = next(s.module for s in self.work.family.layout.slots if "q" in s.roles)
+        query = next(s.module for s in self.source.family.layout.slots if "q" in s.roles)
         attention = old.get_submodule(query.rpartition(".")[0])
         handle = old.get_submodule(query).register_forward_pre_hook(take)
         uses = zip(inputs, self.calls[layer], strict=True)

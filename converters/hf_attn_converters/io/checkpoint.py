@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .pickle_reader import read_torch_file
+from .reading import check_counts
 from .safetensors_reader import Stamp, TensorInfo, check_unchanged, read_header
 
 CONFIG = "config.json"
@@ -142,6 +143,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds an unmerged adapter; merge it first (peft: model.merge_and_unload())"
         )
     config = _read_json(folder / CONFIG)
+    check_counts(config, folder)
     _refuse_quantized(folder, config)
     for form in _FORMATS:
         if (folder / form.single).exists():

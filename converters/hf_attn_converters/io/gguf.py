@@ -16,6 +16,7 @@ import torch
 
 from .atomic_output import write_json
 from .checkpoint import CONFIG, INDEX, SINGLE
+from .reading import reading
 from .safetensors_reader import FLOAT_DTYPES, TensorInfo
 from .safetensors_writer import header_bytes
 
@@ -37,7 +38,7 @@ def described(file: Path) -> Iterator[Path]:
     config, dtype = _open(file)
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with torch.device("meta"), reading(file):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     name = next(key for key, value in FLOAT_DTYPES.items() if value == dtype)
     parameters = model.named_parameters()  # a tied one has one name
@@ -58,13 +59,14 @@ def dequantize(file: Path, folder: Path) -> None:
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=dtype,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    with reading(file):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     model, found = loaded
     if found["missing_keys"]:  # transformers would fill them with random numbers
         raise ValueError(f"{file.name} lacks {', '.join(sorted(found['missing_keys'])[:3])}")
@@ -75,9 +77,10 @@ def dequantize(file: Path, folder: Path) -> None:
         del model.hf_quantizer
     model.save_pretrained(folder, max_shard_size="5GB")
     if "tokenizer.ggml.model" in GGUFReader(file).fields:
-        AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        ).save_pretrained(folder)
+        with reading(file):
+            AutoTokenizer.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            ).save_pretrained(folder)
     if not any((folder / weights).exists() for weights in (SINGLE, INDEX)):
         raise OSError(f"{folder}: transformers wrote no safetensors")
 
@@ -91,11 +94,12 @@ def _open(file: Path) -> tuple[Any, torch.dtype]:
     from transformers import AutoConfig
 
     try:
-        reader = GGUFReader(file)
-        config = AutoConfig.from_pretrained(
-            file.parent, gguf_file=file.name, trust_remote_code=False
-        )
-    except (ValueError, KeyError, IndexError, OSError, RuntimeError) as error:
+        with reading(file):
+            reader = GGUFReader(file)
+            config = AutoConfig.from_pretrained(
+                file.parent, gguf_file=file.name, trust_remote_code=False
+            )
+    except (ValueError, OSError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{file.name} cannot be read as GGUF: {first}") from None
     kinds = {t.tensor_type.name for t in reader.tensors if len(t.shape) > 1}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..families.layouts import LayerHeads, Part, Place
 from ..heads.layer import architectures_after, layer_facts, read_layer
+from ..io.reading import load_config
 from ..io.safetensors_reader import FLOAT_DTYPES, TensorInfo
 from ..merge.affine import projections
 from ..merge.method import LayerFacts, Method
@@ -52,10 +53,8 @@ class Latents:
         return found
 
     def config(self, work: Work) -> dict[str, Any]:
-        from transformers import AutoConfig
-
         assert self.rotation is not None
-        known = AutoConfig.from_pretrained(work.source.folder, trust_remote_code=False)
+        known = load_config(work.source.folder)
         config = config_of(work.source.config, known, self.sizes, self.rotation)
         return config | architectures_after(work)
 

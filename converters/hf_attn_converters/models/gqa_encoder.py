@@ -95,14 +95,16 @@ class GqaSelfAttention:
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: Any = None,  # up to transformers 5.23
+        cache: Any = None,  # the same from 5.24 on
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         me: Any = self
         update = None
-        if past_key_values is not None:  # used as a decoder
-            cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-            update = lambda key, value: cache.update(key, value, me.layer_idx)  # noqa: E731
+        cache = past_key_values if cache is None else cache
+        if cache is not None:  # used as a decoder
+            own = getattr(cache, "self_attention_cache", cache)
+            update = lambda key, value: own.update(key, value, me.layer_idx)  # noqa: E731
         return attend(
             self, hidden_states, attention_mask, me.dropout.p, update_cache=update, **kwargs
         )

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..io.special_tokens import text_ends
 from ..io.text import public_name, read_documents
 from .loss import IGNORED
 
@@ -114,10 +115,15 @@ def write_rows(
 
 
 class Packer:
-    """Puts tokenized pieces one after the other into rows of `length` tokens."""
+    """Puts tokenized pieces one after the other into rows of `length` tokens.
+
+    A piece from within a document, and the rest of one that begins a row, begins as the tokenizer
+    begins a text.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
         self.tokenizer, self.length = tokenizer, length
+        self.ends = text_ends(tokenizer)
         self.rows = self.tokens = 0
         self._rest: list[int] = []
 
@@ -125,17 +131,20 @@ class Packer:
         """Whether the file holds `most` rows now."""
         self._rest += self._encode(piece)
         while len(self._rest) >= self.length and self.rows < most:
+            if self._rest[0] >= 0:  # the rest of a document cannot see its beginning
+                first, *others = (*self.ends.before, *self._rest)
+                self._rest = [~first, *others]
             row, self._rest = self._rest[: self.length], self._rest[self.length :]
-            if row[0] >= 0:  # the rest of a document cannot see its beginning
-                row[0] = ~row[0]
             file.write(np.array(row, dtype=np.int32).tobytes())
             self.rows += 1
         return self.rows >= most
 
     def _encode(self, piece: Piece) -> list[int]:
-        ids: list[int] = self.tokenizer(piece.text, add_special_tokens=piece.begins, verbose=False)[
+        ids: list[int] = self.tokenizer(piece.text, add_special_tokens=False, verbose=False)[
             "input_ids"
         ]
+        if ids:
+            ids = [*self.ends.before, *ids, *(self.ends.after if piece.ends else ())]
         end = self.tokenizer.eos_token_id
         if piece.ends and isinstance(end, int) and ids[-1:] != [end]:
             ids = [*ids, end]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..io.reading import load_config, reading
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,12 +24,11 @@ def outline(folder: Path) -> PreTrainedModel:
 
     Raises ValueError for one that is no causal language model, or cannot tell documents apart.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(folder, trust_remote_code=False), trust_remote_code=False
-        )
+    config = load_config(folder)
+    with torch.device("meta"), reading(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise ValueError(
             f"{folder.name} is a {type(model).__name__}, which takes no position_ids: documents "
@@ -39,7 +40,10 @@ def outline(folder: Path) -> PreTrainedModel:
 def load_model(
     folder: Path, dtype: torch.dtype | str, attn_implementation: str | None, shards: int = 1
 ) -> PreTrainedModel:
-    """A causal language model in `dtype` (``auto``: as it is stored), sharded over processes."""
+    """A causal language model in `dtype` (``auto``: as it is stored), sharded over processes.
+
+    Raises ValueError for a checkpoint that lacks weights: those of its head would be random.
+    """
     from transformers import AutoModelForCausalLM
 
     choice: dict[str, Any] = {}
@@ -49,9 +53,16 @@ def load_model(
         from transformers.distributed.configuration_utils import DistributedConfig
 
         choice["distributed_config"] = DistributedConfig(fsdp_size=shards)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, **choice, trust_remote_code=False
-    )
+    with reading(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, **choice, trust_remote_code=False, output_loading_info=True
+        )
+    model: PreTrainedModel = loaded[0]
+    if lacking := sorted(map(str, loaded[1]["missing_keys"])):
+        raise ValueError(
+            f"{folder.name} lacks {', '.join(lacking[:3])}, which a {type(model).__name__} has: "
+            "only a whole causal language model can be trained or teach"
+        )
     return model
 
 
@@ -63,22 +74,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     if not has_tokenizer(folder):
         raise ValueError(f"{folder} holds no tokenizer; put the source's tokenizer files there")
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False
-    )
+    with reading(folder):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
     return tokenizer
 
 
 def check_same_words(student: Path, teacher: Path) -> None:
     """Raises ValueError unless both have the same vocabulary and read text as the same tokens."""
-    from transformers import AutoConfig
-
     from ..io.checkpoint import has_tokenizer
 
-    sizes = [
-        AutoConfig.from_pretrained(f, trust_remote_code=False).get_text_config().vocab_size
-        for f in (student, teacher)
-    ]
+    sizes = [load_config(f).get_text_config().vocab_size for f in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{student.name} has {sizes[0]} tokens in its vocabulary, its teacher {teacher.name} "

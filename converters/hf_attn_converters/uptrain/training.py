@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from ..io.checkpoint import CONFIG
+from ..io.reading import load_config
 from .callbacks import Plateau, Steps, Whole, clear_torn, last_checkpoint
 from .data import EVAL_ROWS, ROWS, PackedRows
 from .hooks import Estimate, Hooks
@@ -138,7 +139,7 @@ def _trainer(
     what: str,
 ) -> tuple[Uptrainer, torch.dtype]:
     """(the Trainer, the dtype in which the student is stored)"""
-    from transformers import AutoConfig, PrinterCallback, set_seed
+    from transformers import PrinterCallback, set_seed
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -173,7 +174,7 @@ def _trainer(
         ],
     )
     trainer.remove_callback(PrinterCallback)
-    stored = getattr(AutoConfig.from_pretrained(student, trust_remote_code=False), "dtype", None)
+    stored = getattr(load_config(student), "dtype", None)
     return trainer, stored if isinstance(stored, torch.dtype) else torch.float32
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..dispatch import backend_name
+from ..device import backend_name
 from ..launch_cache import CacheTensors, learn
 from ..problem import CacheProblem, Pattern
 from .extension import library

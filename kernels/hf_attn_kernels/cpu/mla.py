@@ -16,8 +16,7 @@ from torch import Tensor
 
 from ..batch_invariance import batch_invariant
 from ..fp8 import is_float8
-from ..mla import MlaProblem
-from ..problem import UNBOUNDED
+from ..problem import UNBOUNDED, MlaProblem
 from .context import sum_dtype
 from .pages import Keys, PagedKeys, read_range
 

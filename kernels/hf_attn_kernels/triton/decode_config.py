@@ -47,8 +47,9 @@ NVIDIA: Table = {
         DecodeConfig(64, 32, 8, 2),
     ),
     (2, 512): (DecodeConfig(16, 16, 4, 3), DecodeConfig(32, 16, 8, 2)),
-    (4, 64): (DecodeConfig(16, 64, 4, 2), DecodeConfig(32, 32, 4, 2)),
-    (4, 128): (DecodeConfig(16, 32, 4, 2), DecodeConfig(32, 32, 8, 2)),
+    # capped, or the assembler would rather spill than give up a block of a multiprocessor
+    (4, 64): (DecodeConfig(16, 64, 4, 2, 255), DecodeConfig(32, 32, 4, 2)),
+    (4, 128): (DecodeConfig(16, 32, 4, 2, 255), DecodeConfig(32, 32, 8, 2, 128)),
     (4, 256): (DecodeConfig(16, 16, 4, 2),),
     (4, 512): (DecodeConfig(16, 16, 8, 2),),
 }
@@ -61,7 +62,8 @@ SM_80: Table = NVIDIA | {
         DecodeConfig(128, 32, 8, 2),
     ),
     (2, 256): (*NVIDIA[2, 256][:2], DecodeConfig(64, 32, 8, 3)),
-    (4, 128): (*NVIDIA[4, 128][:1], DecodeConfig(32, 32, 8, 2, 128)),
+    (4, 256): (DecodeConfig(16, 16, 4, 2, 255),),
+    (4, 512): (DecodeConfig(16, 16, 8, 2, 255),),
 }
 SM_100: Table = NVIDIA | {
     (2, 128): (DecodeConfig(16, 64, 4, 3, 255), *NVIDIA[2, 128][1:]),
@@ -96,7 +98,7 @@ SM_89: Table = SMALL | {
     ),
     (2, 128): (DecodeConfig(16, 64, 4, 2), DecodeConfig(64, 32, 8, 2, 255)),
     (2, 256): (DecodeConfig(16, 32, 4, 2), DecodeConfig(64, 32, 8, 2)),
-    (4, 64): (DecodeConfig(16, 64, 4, 2), DecodeConfig(32, 32, 4, 1)),
+    (4, 64): (DecodeConfig(16, 64, 4, 2, 255), DecodeConfig(32, 32, 4, 1)),
 }
 # AMD: a thread has twice the registers where a block has no more than four waves
 GFX942: Table = SMALL | {(4, 512): (DecodeConfig(16, 16, 4, 1),)}

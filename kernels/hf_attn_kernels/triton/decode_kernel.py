@@ -12,6 +12,7 @@ from .primitives import LOG2E, tanh
 LN2 = tl.constexpr(0.6931471805599453)
 # a split's result is one record [DV outputs, log-sum-exp, padding to 16 bytes] of float32
 RECORD_TAIL = tl.constexpr(4)
+PAGES_AT_ONCE = tl.constexpr(32)  # page numbers that `misses_page` reads together: a warp's
 
 
 @triton.jit
@@ -30,8 +31,44 @@ def widened(stored, to: tl.constexpr):
 
 @triton.jit
 def within(number, count):
-    """Page numbers as int64, moved into the pool where a table says otherwise."""
+    """Page numbers as int64, moved into the pool where a table says otherwise.
+
+    A query beside those that see a missing page weighs what it hides of page 0 with 0, as of any
+    page: that page must hold finite numbers, or this query is NaN too.
+    """
     return tl.minimum(tl.maximum(number, 0), count - 1).to(tl.int64)
+
+
+@triton.jit
+def misses_page(
+    table, first, last, row_first, row_last, split, SPLITS: tl.constexpr, PAGE_SIZE: tl.constexpr
+):  # fmt: skip
+    """``[BM]`` int32, 1 for rows that see a key without a page in this split's share of the pages.
+
+    The tile's rows see keys in [first, last), each row those of [row_first, row_last) ``[BM]``. A
+    second look at the table, outside the loop over keys: in it numbers and windows would have to
+    be kept in registers. Only where a number is negative is it seen by which rows.
+    """
+    first_page = first // PAGE_SIZE
+    pages = tl.where(last > first, tl.cdiv(last, PAGE_SIZE) - first_page, 0)
+    share = tl.cdiv(pages, SPLITS)
+    begin = first_page + split * share
+    end = first_page + tl.minimum((split + 1) * share, pages)
+    offset = tl.arange(0, PAGES_AT_ONCE)
+    lowest = offset * 0
+    for at in tl.range(begin, end, PAGES_AT_ONCE):
+        page = at + offset
+        lowest = tl.minimum(lowest, tl.load(table + page, mask=page < end, other=0))
+    misses = row_first * 0
+    if tl.min(lowest, 0) < 0:
+        for at in tl.range(begin, end, PAGES_AT_ONCE):
+            page = at + offset
+            missing = tl.load(table + page, mask=page < end, other=0) < 0
+            key = page[None, :] * PAGE_SIZE
+            seen_first = tl.maximum(key, row_first[:, None])
+            seen = seen_first < tl.minimum(key + PAGE_SIZE, row_last[:, None])
+            misses = tl.maximum(misses, tl.max((seen & missing[None, :]).to(tl.int32), 1))
+    return misses
 
 
 @triton.jit
@@ -173,7 +210,6 @@ def decode_kernel(
         # tiles start at multiples of BN: one of these lies in one page
         where = n0 if PAGE_SIZE % BN == 0 else at
         numbers = tl.load(table + where // PAGE_SIZE, mask=begin < end, other=0)
-        lowest = numbers * 0
     for step in tl.range(begin, end):
         n0, n, at = tile_keys(
             step, first_tile, sink_tiles, sink_first, start, sink_end, lo, hi, HAS_SINKS, BN
@@ -182,7 +218,6 @@ def decode_kernel(
             k_off = at.to(tl.int64) * k_st * VEC
             v_off = at.to(tl.int64) * v_st * VEC
         else:
-            lowest = tl.minimum(lowest, numbers)
             page = within(numbers, pages)
             k_off = page * k_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * k_st * VEC
             v_off = page * v_sb * VEC + (at % PAGE_SIZE).to(tl.int64) * v_st * VEC
@@ -242,9 +277,19 @@ def decode_kernel(
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(values.dtype), values, acc, input_precision="ieee")
 
-    if PAGE_SIZE > 0:  # a key that is seen has no page: no number is the answer
-        lowest = lowest if PAGE_SIZE % BN == 0 else tl.min(lowest, 0)
-        total = tl.where(lowest < 0, float("nan"), total)
+    if PAGE_SIZE > 0:
+        row_lo = start + token * 0
+        row_hi = kv_len + token * 0
+        if HAS_RIGHT:
+            row_hi = tl.minimum(row_hi, token + diagonal + window_right + 1)
+        if HAS_SINKS:
+            sinks_hi = tl.minimum(row_hi, sink_end)
+            misses = misses_page(table, start, sink_end, row_lo, sinks_hi, split, SPLITS, PAGE_SIZE)
+            total = tl.where(misses > 0, float("nan"), total)
+        if HAS_LEFT:
+            row_lo = tl.maximum(row_lo, token + diagonal - window_left)
+        misses = misses_page(table, lo, hi, row_lo, row_hi, split, SPLITS, PAGE_SIZE)
+        total = tl.where(misses > 0, float("nan"), total)  # no number is the answer
     if v_descale is not None:
         acc *= tl.load(v_descale + b * vd_sb + head_kv)
     # [BM] row of the outputs [B, Q, Hq, DV] or [T, Hq, DV]

@@ -16,7 +16,7 @@ import triton
 from torch import Tensor
 
 from ..fp8 import is_float8
-from ..mla import MlaProblem
+from ..problem import MlaProblem
 from .config import chip_of
 from .decode import DTYPES, on
 from .decode_config import MAX_SPLITS, DecodeConfig, choose_splits, padded, processors

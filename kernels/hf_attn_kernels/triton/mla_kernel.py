@@ -7,7 +7,7 @@ base 2 inside. A tile of latents is loaded once and serves as keys and as values
 import triton
 import triton.language as tl
 
-from .decode_kernel import LN2, RECORD_TAIL, widened, within
+from .decode_kernel import LN2, RECORD_TAIL, misses_page, widened, within
 
 
 @triton.jit
@@ -97,13 +97,11 @@ def mla_kernel(
     acc = tl.zeros([BM, BLOCK_R], tl.float32)
     # The next tile's page numbers travel with the loop: loaded where they are used they would take
     # the pipeline's stages from the latents.
-    table = block_table
+    table = block_table + b * table_sb if PAGE_SIZE > 0 else block_table
     if PAGE_SIZE > 0:
-        table += b * table_sb
         n = begin * BN + tl.arange(0, BN)
         at = tl.minimum(tl.maximum(n, lo), hi - 1)
         numbers = tl.load(table + at // PAGE_SIZE, mask=(n * 0 + begin) < end, other=0)
-        lowest = numbers * 0
     for tile in tl.range(begin, end):
         n = tile * BN + tl.arange(0, BN)
         at = tl.minimum(tl.maximum(n, lo), hi - 1)  # what no row sees is never read
@@ -111,7 +109,6 @@ def mla_kernel(
             l_off = b * l_sb + at.to(tl.int64) * l_st
             r_off = b * r_sb + at.to(tl.int64) * r_st
         else:
-            lowest = tl.minimum(lowest, numbers)
             page = within(numbers, pages)
             place = (at % PAGE_SIZE).to(tl.int64)
             l_off = page * l_sb + place * l_st
@@ -153,8 +150,15 @@ def mla_kernel(
         acc = acc * fade[:, None]
         acc = tl.dot(weights.to(keys.dtype), keys, acc, input_precision="ieee")
 
-    if PAGE_SIZE > 0:  # a key that is seen has no page: no number is the answer
-        total = tl.where(tl.min(lowest, 0) < 0, float("nan"), total)
+    if PAGE_SIZE > 0:
+        row_lo = start + token * 0
+        row_hi = kv_len + token * 0
+        if HAS_LEFT:
+            row_lo = tl.maximum(row_lo, token + diagonal - window_left)
+        if HAS_RIGHT:
+            row_hi = tl.minimum(row_hi, token + diagonal + window_right + 1)
+        misses = misses_page(table, lo, hi, row_lo, row_hi, split, SPLITS, PAGE_SIZE)
+        total = tl.where(misses > 0, float("nan"), total)  # no number is the answer
     # normalised here too, so that combining splits needs the log-sum-exp alone
     some = tl.where(total == 0.0, 1.0, total)
     result = acc * (latent_scale / some)[:, None]
