@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 from tiny_models import MODELS, build, tokens
 
 from hf_attn_patch import PagedCache
@@ -33,6 +34,10 @@ def test_every_page_is_listed() -> None:
     assert listed == menu == [page.name for page in PAGES] != []
 
 
+def requirements(listed: str) -> list[Requirement]:
+    return [Requirement(quoted) for quoted in re.findall(r'"([^"]+)"', listed)]
+
+
 def foreign_includes(source: str) -> list[str]:
     """The `#include` lines that are neither the standard library's nor the extension's own."""
     lines = re.findall(r"^\s*#\s*include.*$", source, re.MULTILINE)
@@ -55,6 +60,15 @@ def test_nothing_is_tuned_at_run_time() -> None:
     assert len(sources) > 30
     assert [path.name for path in sources if tuned.search(path.read_text())] == []
     assert tuned.search("@triton.autotune(configs=[], key=[])")
+
+
+def test_transformers_is_bounded_by_its_next_major_release_and_torch_by_none() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    [listed] = re.findall(r"^dependencies = \[(.+?)^\]", text, re.MULTILINE | re.DOTALL)
+    bounds = {r.name: {s.operator: s.version for s in r.specifier} for r in requirements(listed)}
+    assert bounds["transformers"].pop("<") == "6"
+    for name, bound in bounds.items():
+        assert set(bound) == {">="}, name
 
 
 def test_update_of_a_paged_cache_writes_nothing() -> None:
