@@ -81,6 +81,16 @@ def test_issue_templates_say_what_they_are_for() -> None:
         assert {"name", "about", "labels"} <= set(yaml.safe_load(head)) and body.strip()
 
 
+def test_the_site_searches_from_disk_and_loads_nothing_from_elsewhere() -> None:
+    """Without a file of that name the offline plugin has every page load one from a CDN."""
+    site = load(ROOT / "mkdocs.yml")
+    assert site["theme"]["font"] is False
+    assert {"search", "offline"} <= {name for name in site["plugins"] if isinstance(name, str)}
+    assert any("iframe-worker" in script for script in site["extra"]["polyfills"])
+    for file in (*site["extra"]["polyfills"], *site["extra_css"]):
+        assert (ROOT / "docs" / file).is_file(), file
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_contributing_shows_every_room(package: str) -> None:
     """Folders and files directly in a package, none missing and none that is gone."""
