@@ -12,7 +12,7 @@ PAGE_READERS = ("triton_fa2", "triton_swa", "triton_paged_flash2", "triton_mla")
 
 @dataclass(frozen=True, kw_only=True)
 class Capabilities:
-    """What an implementation can serve; the columns of the README's table."""
+    """What an implementation can serve; the columns of the table in docs/choosing.md."""
 
     dtypes: tuple[str, ...] = ("float16", "bfloat16", "float32")
     head_dim_forward: int = 512  # largest

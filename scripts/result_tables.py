@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from tables.attention import cpu_table, gpu_table, growth_table, mla_table
+from tables.attention import cpu_table, default_table, gpu_table, growth_table, mla_table
 from tables.compiled import aot_table, sass_table
 from tables.conversion import convert_table, gqa_table, latents_table
 from tables.implementations import implementations_table
@@ -27,6 +27,7 @@ from tables.whole import model_table, short_table
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLES: dict[str, Callable[[Path], str]] = {
+    "cpu-default": default_table(2),
     "implementations": implementations_table,
     "cpu": cpu_table(2),
     "cpu-1": cpu_table(1),

@@ -1,1 +1,1 @@
-"""Benchmarks: one CSV schema (`rows`), one FLOP count (`flops`), one file per subject."""
+"""Benchmarks: one CSV schema (`results`), one FLOP count (`flops`), one file per subject."""

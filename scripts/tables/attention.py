@@ -86,6 +86,34 @@ def cpu_table(threads: int) -> Callable[[Path], str]:
     return write
 
 
+def default_table(threads: int) -> Callable[[Path], str]:
+    """What an install without the extension does: problems down, dtypes across."""
+
+    def write(results: Path) -> str:
+        rows = [row for row in read_rows(results / CPU_CSV) if row["threads"] == str(threads)]
+        if not rows:
+            return unmeasured("CPU", f'make bench ARGS="--threads {threads}"')
+        dtypes = sorted({row["dtype"] for row in rows}, reverse=True)
+        lines: dict[str, dict[str, str]] = {}
+        for problem, contenders in grouped(rows).items():
+            if OURS in contenders:
+                lines.setdefault(describe(problem), {})[problem.dtype] = _beside_peers(contenders)
+        cells = [[what, *(by.get(dtype, "–") for dtype in dtypes)] for what, by in lines.items()]
+        return f"{table(['work', *dtypes], cells)}\n\n{measured_on(rows, 'Medians')}"
+
+    return write
+
+
+def _beside_peers(contenders: dict[str, Row]) -> str:
+    """`891 ms; sdpa 1.11×`: the median of ours and each peer's as a multiple of it."""
+    mine = float(contenders[OURS]["p50_ms"])
+    peers = sorted(
+        (float(r["p50_ms"]), impl) for impl, r in contenders.items() if not is_ours(impl)
+    )
+    multiples = ", ".join(f"{peer} {short(ms / mine)}×" for ms, peer in peers)
+    return f"{short(mine)} ms" + (f"; {multiples}" if multiples else "")
+
+
 def describe(problem: Problem) -> str:
     window = f", W {problem.window}" if problem.window else ""
     extra = f", {problem.extra}" if problem.extra else ""

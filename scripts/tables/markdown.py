@@ -35,12 +35,12 @@ def unmeasured(what: str, command: str) -> str:
     return f"*{what} rows are not measured yet (`{command}`).*"
 
 
-def measured_on(rows: Sequence[Row]) -> str:
+def measured_on(rows: Sequence[Row], figures: str = "Medians (20th to 80th percentile)") -> str:
     """Device, threads and versions of the newest row."""
     newest = max(rows, key=lambda row: row["date"])
     threads = f", {newest['threads']} thread" + ("s" if newest["threads"] != "1" else "")
     triton = f"triton {newest['triton'] or 'absent'}, " if "triton" in newest else ""
     return (
-        f"Medians (20th to 80th percentile), interleaved, on {newest['device']}{threads}; torch "
+        f"{figures}, interleaved, on {newest['device']}{threads}; torch "
         f"{newest['torch']}, {triton}transformers {newest['transformers']}, {newest['date']}."
     )

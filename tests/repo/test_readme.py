@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")]
+TOP = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "AGENTS.md", "CODE_OF_CONDUCT.md")
+PAGES = [ROOT / name for name in TOP]
 PAGES += [ROOT / folder / "README.md" for folder in ("kernels", "converters", "examples/text")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
@@ -112,8 +113,14 @@ def is_a_window_of_64(got: dict[str, Any]) -> bool:
 
 # each page with Python: what it takes as given, and what must then be true
 RUN: dict[str, tuple[Callable[[Path], dict[str, object]], Callable[[dict[str, Any]], bool]]] = {
-    "README.md": (llama, lambda got: got["model"].config._attn_implementation == "triton_swa"),
-    "docs/index.md": (llama, lambda got: got["model"].config._attn_implementation == "triton_fa2"),
+    "README.md": (llama, lambda got: got["model"].config._attn_implementation == "triton_fa2"),
+    "docs/index.md": (
+        llama,
+        lambda got: (
+            got["model"].config._attn_implementation == "triton_fa2"
+            and got["out"].shape == (1, 63, 4, 64)
+        ),
+    ),
     "docs/choosing.md": (
         llama,
         lambda got: got["model"].config._attn_implementation == "triton_fa2",

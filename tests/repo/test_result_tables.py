@@ -91,6 +91,21 @@ def test_the_newest_row_counts_and_each_way_of_ours_has_a_line(tmp_path):
     assert "sdpa 4.00×" in split and ", by the split |" in split
 
 
+def test_a_default_install_is_shown_without_the_extension(tmp_path):
+    measured = [row(results.OURS, 100.0), row("sdpa", 250.0), row("eager", 125.0)]
+    measured += [row(f"{results.OURS}:extension", 10.0)]
+    measured += [row(results.OURS, 200.0, dtype="fp32"), row("sdpa", 100.0, dtype="fp32")]
+    measured += [row(results.OURS, 3.0, seq_q=1), row(f"{results.OURS}:extension", 1.0, seq_q=512)]
+    results.append_rows(tmp_path / attention.CPU_CSV, measured)
+    shown, _, about = attention.default_table(1)(tmp_path).partition("\n\n")
+    head, _, both, one = shown.splitlines()
+    assert head == "| work | fp32 | bf16 |"
+    assert both.endswith("| 200 ms; sdpa 0.50× | 100 ms; eager 1.25×, sdpa 2.50× |")
+    assert one.endswith("D 128 | – | 3.00 ms |") and "512" not in one
+    assert about.startswith("Medians, interleaved, on chip, 1 thread;")
+    assert "not measured yet" in attention.default_table(2)(tmp_path)
+
+
 def test_gpu_rates_stand_in_columns_with_the_ceiling(tmp_path):
     measured = [
         row(results.OURS, 1.0, tflops=480.0),
@@ -146,7 +161,7 @@ def test_a_misspelt_or_doubled_table_is_an_error(project, capsys):
     assert "growth (0 times), growths (1 times)" in capsys.readouterr().err
     page.write_text(skeleton())  # one of them is in README.md already
     assert tool.main(arguments(project)) == 1
-    assert "implementations (2 times)" in capsys.readouterr().err
+    assert "cpu-default (2 times)" in capsys.readouterr().err
 
 
 def test_models_and_trainings_are_shown_as_measured(tmp_path):
