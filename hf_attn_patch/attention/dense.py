@@ -125,6 +125,10 @@ def attend(
 
 def _only(indices: Tensor, mask: Tensor | None, key: Tensor, causal: bool) -> Tensor:
     """``[B, 1, Q, K]`` bool: what a mask shows, and of that the keys at `indices` ``[B, Q, n]``."""
+    if layer_of(key) is not None:
+        raise ValueError(
+            "a PagedCache cannot serve sparse attention (indices=): use transformers' DynamicCache"
+        )
     batch, queries, _ = indices.shape
     keys = key.shape[2]
     chosen = torch.zeros(batch, queries, keys, dtype=torch.bool, device=key.device)
@@ -151,7 +155,8 @@ def documents_of(
 ) -> packing.Documents | None:
     """What positions tell of packed sequences, where no mask says more."""
     assert position_ids is not None
-    visible = formats.read(mask, key.shape[2])
+    layer = layer_of(key)  # whose earlier keys lie in pages
+    visible = formats.read(mask, key.shape[2] + (0 if layer is None else layer.length))
     whole = visible.banded and visible.padding is None and visible.offsets is None
     if not whole and not formats.positions_tell(mask):
         return None
