@@ -1,4 +1,4 @@
-"""The main job on a real checkpoint: `make demo`. Writes report.html; six minutes on two cores.
+"""The main job on a real checkpoint: `make demo`. Writes report.html; four minutes on two cores.
 
 1. Fetches SmolLM2-135M-Instruct (once) and runs it with sdpa, triton_fa2 and triton_swa: the
    tokens must be the same.
