@@ -78,7 +78,7 @@ with torch.no_grad():
     expected = model(ids, attention_mask=mask).logits
     model.set_attn_implementation("org/hf-attn-kernels", allow_all_kernels=True)
     name = next(n for n in sys.modules if n.startswith("_hf_attn_kernels_cpu_") and "." not in n)
-    backends, calls = sys.modules[name + ".backends"], []
+    backends, calls = sys.modules[name + ".dispatch"], []
     load = backends.load
     backends.load = lambda device: calls.append(device) or load(device)
     found = model(ids, attention_mask=mask).logits
