@@ -152,8 +152,9 @@ def test_without_the_registry_nothing_is_registered(without: Any) -> None:
 
 
 def test_falcon_without_its_table(without: Any) -> None:
-    name = "transformers.models.falcon.modeling_falcon.FALCON_ATTENTION_CLASSES"
-    without(name)
+    from transformers.models.falcon import modeling_falcon  # looked at now, not in between
+
+    without(f"{modeling_falcon.__name__}.FALCON_ATTENTION_CLASSES")
     config = transformers.FalconConfig(
         vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2
     )
