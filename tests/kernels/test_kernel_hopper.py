@@ -136,7 +136,8 @@ def test_control_every_fault_shows(fault: str) -> None:
 
 
 COMPILED = """
-import re
+import re, sys
+sys.path.insert(0, "scripts")
 from aot import aot, gluon_cases
 for case in gluon_cases.aot_cases("sm_90"):
     if not case.name.startswith("bf16"):

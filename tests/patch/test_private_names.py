@@ -174,6 +174,7 @@ def test_pages_that_lie_elsewhere() -> None:
 
 
 def test_one_warning(without: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hf_attn_patch.register()  # what that imports has been looked at
     said: list[str] = []
     monkeypatch.setattr(private_names.logger, "warning", said.append)
     private_names.warn()
