@@ -53,7 +53,7 @@ def attend(
     """Attention function of the implementation `name`; see :mod:`..registration.functions`.
 
     Args:
-        position_ids: ``[1, Q]``, read only to tell packed sequences apart, see :mod:`..packing`.
+        position_ids: ``[1, Q]``, read only to tell packed sequences apart, see :mod:`.packing`.
         indices: ``[B, Q, n]``, the only keys that each query sees besides what the mask hides
             (DeepSeek's sparse attention); served by a dense mask.
         output_attentions: return the weights ``[B, Hq, Q, K]`` too; they cost a pass of their own.
@@ -77,6 +77,11 @@ def attend(
     if causal and settings.window is not None:
         window = settings.narrow(sliding_window)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None
+    if not packed and cu_seq_lens_q is not cu_seq_lens_k:
+        raise ValueError(
+            "packed sequences are told by cu_seq_lens_q and cu_seq_lens_k together, got only one "
+            "of them: pass both, the same tensor for self-attention"
+        )
     longest_q, longest_k = max_length_q, max_length_k
     if not packed and packing.may_be_packed(position_ids, query.shape[0], query.shape[2]):
         told = documents_of(position_ids, attention_mask, query, key)

@@ -124,6 +124,12 @@ def test_the_contracts_page_names_them_and_tests_that_exist() -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "cu_seq_lens_k"])
+def test_half_of_what_tells_packed_sequences_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="got only one"):
+        call("triton_fa2", **{name: torch.tensor([0, 4, 12], dtype=torch.int32)})
+
+
 def test_every_keyword_of_transformers_models_is_known() -> None:
     """Of the families that this release has: what their layers pass by name to attention."""
     names = ("llama", "gemma3", "gpt_oss", "t5", "modernbert", "qwen2_vl", "whisper", "deepseek_v3")
